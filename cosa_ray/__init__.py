@@ -1,0 +1,1 @@
+"""CoSA at scale: weakly supervised semantic segmentation on Ray and MLflow."""

@@ -1,0 +1,362 @@
+"""The typed schema of an experiment: one frozen model per component, every field with unit and default.
+
+Defaults are the paper's VOC setting (method.md 5 of the CoSA paper, arXiv 2402.17891); the YAML files under
+``experiments/`` hold only what differs from them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+OpenFraction = Annotated[float, Field(gt=0.0, lt=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+
+StrongOperation = Literal[
+    "identity",
+    "autocontrast",
+    "equalise",
+    "solarise",
+    "colour",
+    "contrast",
+    "brightness",
+    "sharpness",
+    "posterise",
+]
+Policy = Literal["single", "reliability", "two_threshold"]
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+class Section(BaseModel):
+    """A component's settings: frozen, and no key beyond those listed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Data(Section):
+    """Which dataset, which splits, and how it is read."""
+
+    dataset: str = Field("datasets/voc", description="Dataset folder or URI (made by `cosa-ray data import`).")
+    train_split: str = Field("train", description="Split whose images and image-level labels are trained on.")
+    val_split: str = Field("val", description="Split with masks that evaluation uses.")
+    loader_processes: CountOrZero = Field(2, description="Loader processes per worker; 0 loads in the worker itself.")
+
+
+class Views(Section):
+    """The weak and the strong view of one crop (paper section 3; release dataloaders)."""
+
+    crop: Count = Field(448, description="Side of the square crop, pixels.")
+    scale: tuple[Positive, Positive] = Field((0.5, 2.0), description="Range of the random scaling, times.")
+    short_side: Count | None = Field(
+        None,
+        description="Shorter side before the random scaling, pixels; null leaves the image's own size.",
+    )
+    flip: Fraction = Field(0.5, description="Probability of the horizontal flip.")
+    blur: Fraction = Field(0.5, description="Probability of the Gaussian blur.")
+    blur_radius: tuple[NonNegative, NonNegative] = Field((0.1, 2.0), description="Range of the blur radius, pixels.")
+    strong: tuple[StrongOperation, ...] = Field(
+        (
+            "identity",
+            "autocontrast",
+            "equalise",
+            "solarise",
+            "colour",
+            "contrast",
+            "brightness",
+            "sharpness",
+            "posterise",
+        ),
+        min_length=1,
+        description="Operations of which the strong view draws one.",
+    )
+    magnitude: Fraction = Field(1.0, description="Upper end of the strong operations' strength, 0 (none) to 1 (full).")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Views:
+        for key in ("scale", "blur_radius"):
+            low, high = getattr(self, key)
+            if low > high:
+                raise ValueError(f"views.{key} must be [low, high] with low <= high, got [{low}, {high}]")
+        return self
+
+
+class Model(Section):
+    """Backbone, taps and heads (paper section 3.1)."""
+
+    backbone: str = Field("vit_base_patch16_224.augreg2_in21k_ft_in1k", description="timm model name.")
+    backbone_args: dict[str, Any] = Field(
+        default_factory=dict, description="Extra keyword arguments of timm.create_model (embed_dim, depth, ...)."
+    )
+    stem: Literal["patch", "convolutional"] = Field(
+        "patch",
+        description="Plain ViTs: linear patch embedding, or four 3x3 convolutions (learns faster from scratch).",
+    )
+    pretrained: bool = Field(
+        True, description="Load timm's pretrained weights (needs the model hub unless `checkpoint` is set)."
+    )
+    checkpoint: str | None = Field(
+        None,
+        description="Backbone weights, .safetensors or .pth, path or URI; replaces `pretrained`'s download.",
+    )
+    aux: int = Field(
+        -3,
+        description="Auxiliary tap: block of a plain ViT, else feature stage; negative counts from the end.",
+    )
+    output_stride: Literal[8, 16, 32] | None = Field(
+        None,
+        description="Stride of a convolutional backbone's last map, where timm can dilate; null is timm's own.",
+    )
+    pooling: Literal["max", "average"] = Field("max", description="Global pooling before the classifiers.")
+    decoder_width: Count = Field(512, description="Channels of the LargeFOV segmentation head.")
+    decoder_dilation: Count = Field(5, description="Dilation of the LargeFOV segmentation head.")
+    freeze_position_embeddings: bool = Field(True, description="Keep position embeddings at their pretrained values.")
+    mean: tuple[float, float, float] | None = Field(
+        None, description="Channel means in 0..1; null takes the backbone's own."
+    )
+    std: tuple[Positive, Positive, Positive] | None = Field(
+        None, description="Channel deviations in 0..1; null takes the backbone's own."
+    )
+
+    @property
+    def has_weights(self) -> bool:
+        """True when the backbone starts from trained weights."""
+        return self.pretrained or self.checkpoint is not None
+
+
+class Assignment(Section):
+    """The assignment network and its multi-scale assignments (paper 3.2; method: EMA twin)."""
+
+    scales: tuple[Positive, ...] = Field(
+        (1.0, 0.5, 1.5), min_length=1, description="Input scales summed, times the crop."
+    )
+    flip: bool = Field(True, description="Add the horizontal flip of every scale.")
+    momentum: Fraction = Field(0.9994, description="EMA momentum m of theta' <- m theta' + (1-m) theta, each step.")
+    warmup_momentum: Fraction | None = Field(
+        None, description="Momentum during classification warm-up; null is `momentum`."
+    )
+
+
+class PseudoLabels(Section):
+    """CAM pseudo-labels: policy, fixed thresholds, reliability weights (paper 3.3, 3.4)."""
+
+    policy: Policy = Field(
+        "reliability",
+        description="single: one threshold; reliability: single with perplexity weights; two_threshold: the release's.",
+    )
+    threshold: OpenFraction = Field(
+        0.45, description="Background threshold xi (start value when the threshold is dynamic)."
+    )
+    high: OpenFraction = Field(0.70, description="Upper threshold of two_threshold.")
+    low: OpenFraction = Field(0.25, description="Lower threshold of two_threshold.")
+    high_aux: OpenFraction | None = Field(None, description="Upper threshold for the auxiliary CAM; null is `high`.")
+    low_aux: OpenFraction | None = Field(None, description="Lower threshold for the auxiliary CAM; null is `low`.")
+    perplexity_scale: OpenFraction = Field(0.8, description="lambda_alpha of the perplexity.")
+    perplexity_exponent: Positive = Field(1.0, description="lambda_beta of the perplexity.")
+    reliability_over: Literal["image", "batch"] = Field(
+        "image", description="Region R over which reliability weights average to 1."
+    )
+    foreground_share: Fraction = Field(
+        0.5, description="alpha: weight of the foreground pixels' mean; background gets 1-alpha."
+    )
+    auxiliary_share: Fraction = Field(
+        0.5, description="Share of the auxiliary CAM's pseudo-labels in the CAM->segmentation loss."
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> PseudoLabels:
+        for low, high, where in (
+            (self.low, self.high, "pseudo_labels.low/high"),
+            (self.low_aux or self.low, self.high_aux or self.high, "pseudo_labels.low_aux/high_aux"),
+        ):
+            if low >= high:
+                raise ValueError(f"{where}: the lower threshold ({low}) must be below the upper one ({high})")
+        return self
+
+
+class DynamicThreshold(Section):
+    """The threshold that moves: a mixture fitted to recent CAM confidences (paper 3.4; release `usegmm`)."""
+
+    enabled: bool = Field(True, description="Move the thresholds; false keeps them at their fixed values.")
+    batches: Count = Field(100, description="Global batches kept in the ring of histograms.")
+    bins: Annotated[int, Field(ge=256)] = Field(256, description="Histogram bins over [0, 1].")
+    minimum: Fraction = Field(0.05, description="CAM values below this do not count.")
+    momentum: Fraction = Field(0.99, description="EMA momentum of the thresholds, each step.")
+    bounds: tuple[Fraction, Fraction] = Field((0.05, 0.95), description="Range the thresholds are clamped to.")
+    start: Literal["extremes", "quantiles"] = Field(
+        "extremes",
+        description="Start of the means: extremes = min(, median), max as the release; quantiles = spread evenly.",
+    )
+    tolerance: NonNegative = Field(
+        1e-3, description="Stop when the mean log-likelihood moves by less (part of the method)."
+    )
+    max_iterations: Count = Field(100, description="Cap on the EM iterations.")
+    between_means: bool = Field(False, description="Search the boundary only between the two components' means.")
+    min_values: Count = Field(100, description="Fewer counted CAM values than this: keep the threshold.")
+
+
+class Losses(Section):
+    """Weights and constants of the loss terms (paper equation 9; release run_voc.sh)."""
+
+    cam_to_seg: NonNegative = Field(0.1, description="Weight of the CAM->segmentation loss.")
+    seg_to_cam: NonNegative = Field(0.05, description="Weight of the segmentation->CAM loss (guided CAMs).")
+    contrastive: NonNegative = Field(0.1, description="Weight of contrastive separation (CSC).")
+    dense_energy: NonNegative = Field(0.0, description="Weight of the dense energy (the release's reg).")
+    seg_to_cam_temperature: Positive = Field(0.01, description="Softmax temperature of the segmentation pseudo-labels.")
+
+
+class Contrastive(Section):
+    """Contrastive separation in CAM space (paper 3.5)."""
+
+    on: Literal["cam", "features"] = Field(
+        "cam", description="Vectors compared: ON's final CAM logits or its features."
+    )
+    temperature: Positive = Field(0.5, description="InfoNCE temperature.")
+    max_perplexity: Positive = Field(1.0, description="epsilon: only pixels whose perplexity is below take part.")
+    pixels: Annotated[int, Field(ge=2)] = Field(
+        256, description="Pixels sampled per image, balanced over the labels present."
+    )
+    threshold: OpenFraction | None = Field(
+        None,
+        description="Background threshold of the pairs' labels; null takes the auxiliary xi (two_threshold: required).",
+    )
+
+
+class Optimiser(Section):
+    """AdamW and its schedule (paper 4.1; release PolyWarmupAdamW)."""
+
+    lr: Positive = Field(6e-5, description="Learning rate of the encoder.")
+    head_lr_factor: Positive = Field(10.0, description="Classifiers and decoder: times lr.")
+    betas: tuple[OpenFraction, OpenFraction] = Field((0.9, 0.999), description="AdamW betas.")
+    weight_decay: NonNegative = Field(0.01, description="AdamW weight decay.")
+    warmup_steps: CountOrZero = Field(1500, description="Linear learning-rate warm-up, steps.")
+    warmup_ratio: NonNegative = Field(1e-6, description="Learning rate at step 0, times lr.")
+    power: NonNegative = Field(0.9, description="Exponent of the polynomial decay (1 - t/T)^power.")
+    clip_norm: Positive | None = Field(None, description="Clip the gradient's global norm to this; null does not clip.")
+
+
+class Training(Section):
+    """Length, batch and arithmetic of a run."""
+
+    steps: Count = Field(32_000, description="Optimiser steps T.")
+    warmup_iters: CountOrZero = Field(6_000, description="Steps of classification only before co-training starts.")
+    batch_size: Count = Field(4, description="Global batch: images a step over all workers and micro-batches.")
+    accumulate: Count = Field(1, description="Micro-batches a worker splits its slice of the global batch into.")
+    loss_stride: Literal[1, 2, 4] = Field(
+        1, description="Losses on maps of crop/loss_stride pixels (1 = full size, as the paper)."
+    )
+    decoder_in_warmup: bool = Field(
+        False,
+        description="Feed the decoder zero gradients during warm-up, its last step included, as the release does.",
+    )
+    precision: Precision = Field("auto", description="auto: bf16 mixed where the hardware has it, fp32 elsewhere.")
+    compile: bool = Field(False, description="torch.compile both networks.")
+    threads: Count | None = Field(
+        None, description="CPU threads a worker; null leaves torch's (Ray: the worker's CPUs)."
+    )
+
+
+class Evaluation(Section):
+    """Evaluation inside a run; `cosa-ray evaluate` uses the same protocol unless told otherwise."""
+
+    every: Count = Field(2_000, description="Steps between evaluations; the last step is always evaluated.")
+    subset: Count | None = Field(
+        None, description="First n images of a seeded shuffle of the split; null is all. Named in the metric."
+    )
+    size: Count | None = Field(None, description="Side the image is resized to, pixels; null is the crop.")
+    scales: tuple[Positive, ...] = Field(
+        (1.0, 0.5, 1.5, 0.75, 1.25), min_length=1, description="Scales whose logits are summed."
+    )
+    flip: bool = Field(True, description="Add the horizontal flip of every scale.")
+    batch_size: Count = Field(8, description="Images a forward pass and worker.")
+    cam_threshold: OpenFraction = Field(0.5, description="Fixed background threshold of cam_miou_at_*.")
+    panel_images: CountOrZero = Field(6, description="Validation images drawn in the panel of every evaluation.")
+
+
+class Checkpoint(Section):
+    """What is kept, and how often it is written."""
+
+    every: Count = Field(
+        1_000, description="Steps between checkpoints; also at the end, at a stop, and at every evaluation."
+    )
+    keep_full_state: bool = Field(
+        False, description="Keep the last full state (optimiser, rings) after a run has finished."
+    )
+
+
+class Tracking(Section):
+    """Where and how often a run is logged. MLFLOW_TRACKING_URI overrides `uri`."""
+
+    uri: str | None = Field(
+        None, description="MLflow tracking URI; null is MLFLOW_TRACKING_URI, else sqlite:///mlflow.db here."
+    )
+    experiment: str = Field("cosa-ray", min_length=1, description="MLflow experiment.")
+    log_every: Count = Field(50, description="Steps between logged training metrics.")
+    tags: dict[str, str] = Field(default_factory=dict, description="Extra MLflow tags.")
+
+
+class Resources(Section):
+    """What one worker is given by Ray. null CPUs: the cluster's CPUs shared out evenly."""
+
+    cpus_per_worker: Positive | None = Field(
+        None, description="Logical CPUs a worker; null derives it from the cluster."
+    )
+    gpus_per_worker: NonNegative = Field(0.0, description="GPUs a worker; fractions share one.")
+    max_failures: CountOrZero = Field(3, description="Restarts after a worker failure before the run is given up.")
+
+
+class Config(Section):
+    """A whole experiment. The same file trains on a laptop, on a cluster, and inside a sweep."""
+
+    seed: CountOrZero = Field(0, description="Seed of weights, data order and every draw.")
+    workers: Count = Field(1, description="Training workers (processes).")
+    storage: str = Field("runs", description="Folder or URI under which every run has its folder.")
+    init_from: str | None = Field(None, description="Run (name or folder) whose best weights this one starts from.")
+    data: Data = Field(default_factory=Data)
+    views: Views = Field(default_factory=Views)
+    model: Model = Field(default_factory=Model)
+    assignment: Assignment = Field(default_factory=Assignment)
+    pseudo_labels: PseudoLabels = Field(default_factory=PseudoLabels)
+    dynamic_threshold: DynamicThreshold = Field(default_factory=DynamicThreshold)
+    losses: Losses = Field(default_factory=Losses)
+    contrastive: Contrastive = Field(default_factory=Contrastive)
+    optimiser: Optimiser = Field(default_factory=Optimiser)
+    training: Training = Field(default_factory=Training)
+    evaluation: Evaluation = Field(default_factory=Evaluation)
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    tracking: Tracking = Field(default_factory=Tracking)
+    resources: Resources = Field(default_factory=Resources)
+
+    @model_validator(mode="after")
+    def _possible(self) -> Config:
+        training = self.training
+        if training.batch_size < self.workers * training.accumulate:
+            raise ValueError(
+                f"training.batch_size ({training.batch_size}) gives less than one image to each of {self.workers} "
+                f"workers x {training.accumulate} micro-batches; raise it or lower workers or training.accumulate"
+            )
+        if training.warmup_iters > training.steps:
+            raise ValueError(
+                f"training.warmup_iters ({training.warmup_iters}) is beyond training.steps ({training.steps}); "
+                "set warmup_iters = steps for a classifier-only run"
+            )
+        if self.optimiser.warmup_steps >= training.steps:
+            raise ValueError(
+                f"optimiser.warmup_steps ({self.optimiser.warmup_steps}) must be below "
+                f"training.steps ({training.steps})"
+            )
+        two = self.pseudo_labels.policy == "two_threshold"
+        if two and self.losses.contrastive > 0 and self.contrastive.threshold is None:
+            raise ValueError(
+                "losses.contrastive > 0 with pseudo_labels.policy two_threshold needs contrastive.threshold, "
+                "because two thresholds leave no single one to tell pairs apart; set it, or losses.contrastive to 0"
+            )
+        if self.views.crop % training.loss_stride:
+            raise ValueError(
+                f"views.crop ({self.views.crop}) must be a multiple of training.loss_stride ({training.loss_stride})"
+            )
+        return self
