@@ -88,7 +88,7 @@ class Views(Section):
 class Model(Section):
     """Backbone, taps and heads (paper section 3.1)."""
 
-    backbone: str = Field("vit_base_patch16_224.augreg2_in21k_ft_in1k", description="timm model name.")
+    backbone: str = Field("vit_base_patch16_224.orig_in21k_ft_in1k", description="timm model name.")
     backbone_args: dict[str, Any] = Field(
         default_factory=dict, description="Extra keyword arguments of timm.create_model (embed_dim, depth, ...)."
     )

@@ -1,0 +1,77 @@
+"""The command `cosa-ray`: parse, call one function, print. Nothing heavy is imported before a verb runs."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Annotated
+
+import typer
+
+from cosa_ray import __version__
+from cosa_ray.cli import config, data
+from cosa_ray.cli.demo import demo
+from cosa_ray.cli.evaluate import evaluate
+from cosa_ray.cli.submit import submit
+from cosa_ray.cli.train import train
+from cosa_ray.cli.tune import tune
+from cosa_ray.cli.ui import ui
+from cosa_ray.errors import RunFailed, UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="CoSA, semantic segmentation from image-level labels, at scale: train, sweep, compare. Add --verbose to any "
+    "command for the traceback of an error.",
+)
+app.command()(demo)
+app.add_typer(data.app, name="data")
+app.command()(train)
+app.command()(tune)
+app.command()(evaluate)
+app.command()(submit)
+app.add_typer(config.app, name="config")
+app.command()(ui)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"cosa-ray {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main(words: list[str] | None = None) -> None:
+    """Run the command line. Exit code 0: done; 2: the user's mistake; 1: a failure; 130: interrupted."""
+    words = list(sys.argv[1:] if words is None else words)
+    verbose = "--verbose" in words
+    # Taken out here, so that it may stand anywhere.
+    words = [word for word in words if word != "--verbose"]
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s", stream=sys.stderr)
+    try:
+        app(words, prog_name="cosa-ray")
+    except (UserError, RunFailed) as error:
+        if verbose:
+            raise
+        print(f"cosa-ray: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UserError) else 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if verbose:
+            raise
+        print(f"cosa-ray: {type(error).__name__}: {error} (--verbose shows where)", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

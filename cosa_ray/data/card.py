@@ -1,0 +1,116 @@
+"""The card of a dataset, dataset.json: all that tells one dataset from another."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from cosa_ray.data.remote import Place
+from cosa_ray.errors import UserError
+
+CARD = "dataset.json"
+FORMAT = "cosa-ray dataset"
+VERSION = 1
+
+Count = Annotated[int, Field(ge=0)]
+Byte = Annotated[int, Field(ge=0, le=255)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ShardCard(_Part):
+    """One Arrow IPC file of a split."""
+
+    file: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="File name inside the dataset's folder.")
+    images: Count
+    bytes: Count
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class PutAside(_Part):
+    """A sample of the source that could not be used, by name."""
+
+    id: str
+    reason: str
+
+
+class SplitCard(_Part):
+    """Counts and shards of one split."""
+
+    images: Count
+    masks: Count = Field(description="Images that have a mask.")
+    images_per_class: tuple[Count, ...] = Field(description="Images whose labels name each class.")
+    without_labels: Count = Field(0, description="Images of the source left out because no class is in them.")
+    put_aside: tuple[PutAside, ...] = ()
+    shards: tuple[ShardCard, ...] = ()
+
+
+class Origin(_Part):
+    """The import that made the dataset."""
+
+    kind: str = Field(description="Importer: voc, coco, folder, shapes.")
+    source: str | None = Field(description="Folder or URI that was imported; null for generated pictures.")
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class DatasetCard(_Part):
+    """What a dataset folder holds; written last, so that a folder with a card is complete."""
+
+    format: Literal["cosa-ray dataset"] = "cosa-ray dataset"
+    version: Literal[1] = 1
+    classes: tuple[str, ...] = Field(min_length=1, description="Class names, background left out (mask values 1..C).")
+    palette: tuple[tuple[Byte, Byte, Byte], ...] = Field(description="RGB of background and of every class.")
+    labels_from: str = Field(description="Where the image-level labels came from.")
+    masks_from: str = Field(description="Where the masks came from.")
+    origin: Origin
+    splits: dict[str, SplitCard]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DatasetCard:
+        if len(set(self.classes)) != len(self.classes):
+            raise ValueError("a class is named twice")
+        if len(self.palette) != len(self.classes) + 1:
+            raise ValueError(f"{len(self.palette)} palette colours for background and {len(self.classes)} classes")
+        for name, split in self.splits.items():
+            if len(split.images_per_class) != len(self.classes):
+                raise ValueError(f"split {name} counts {len(split.images_per_class)} of {len(self.classes)} classes")
+            if split.images != sum(shard.images for shard in split.shards):
+                raise ValueError(f"split {name} says {split.images} images and its shards say otherwise")
+        return self
+
+
+def read_card(folder: Place) -> DatasetCard:
+    """The card of a dataset folder. Raises UserError when there is none, it is damaged, or of another version."""
+    try:
+        text = folder.child(CARD).read()
+    except FileNotFoundError:
+        unfinished = " (an import into it was interrupted: run the same import again to finish it)"
+        hint = unfinished if folder.child("_import").exists() else ""
+        raise UserError(
+            f"no dataset at {folder.uri}{hint}: make one with `cosa-ray data import shapes|voc|coco|folder ...`"
+        ) from None
+    try:
+        content = json.loads(text)
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise UserError(f"{folder.uri}/{CARD} is not the card of a {FORMAT}: import the data again")
+        if content.get("version") != VERSION:
+            raise UserError(
+                f"{folder.uri} has dataset format {content.get('version')}, this version reads {VERSION}: "
+                "import the data again"
+            )
+        return DatasetCard.model_validate(content)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{folder.uri}/{CARD} is damaged ({error}): import the data again") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "card"
+        raise UserError(f"{folder.uri}/{CARD} is damaged ({where}: {first['msg']}): import the data again") from None
+
+
+def write_card(card: DatasetCard, folder: Place) -> None:
+    """Write the card, atomically where the file system can."""
+    folder.child(CARD).write((card.model_dump_json(indent=1) + "\n").encode())

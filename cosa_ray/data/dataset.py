@@ -1,0 +1,175 @@
+"""A dataset opened for reading: memory-mapped shards, any sample in O(1), nothing decoded until asked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from cosa_ray.data.card import CARD, DatasetCard, SplitCard, read_card
+from cosa_ray.data.pictures import decode_indices, decode_rgb
+from cosa_ray.data.remote import cached, fetch, place
+from cosa_ray.data.shard import map_shard
+from cosa_ray.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One image with its labels: `labels` float32 (C,), `image` encoded, `mask` PNG of class indices or None."""
+
+    id: str
+    image: bytes
+    mask: bytes | None
+    labels: np.ndarray
+    height: int
+    width: int
+
+    def decode_image(self) -> Image.Image:
+        """The picture in RGB. Raises UserError when its bytes are damaged."""
+        try:
+            return decode_rgb(self.image)
+        except Exception as error:
+            raise UserError(f"image {self.id} cannot be decoded ({error}): check the dataset with `data check`") from None
+
+    def decode_mask(self) -> np.ndarray:
+        """Class indices, uint8 (H, W): 0 background, 1..C, 255 ignored. Raises UserError without a mask."""
+        if self.mask is None:
+            raise UserError(f"image {self.id} has no mask: choose a split that has masks")
+        try:
+            return decode_indices(self.mask)
+        except Exception as error:
+            raise UserError(f"mask {self.id} cannot be decoded ({error}): check the dataset with `data check`") from None
+
+
+class Split:
+    """The samples of one split, by index. Pickles as a path, so loader processes map the same pages themselves."""
+
+    def __init__(self, folder: Path, name: str, card: SplitCard, classes: tuple[str, ...]) -> None:
+        self.folder = folder
+        self.name = name
+        self.card = card
+        self.classes = classes
+        self._ends = np.cumsum([shard.images for shard in card.shards], dtype=np.int64)
+        self._tables: dict[int, pa.Table] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_tables": {}}
+
+    def __len__(self) -> int:
+        return self.card.images
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes C, background left out."""
+        return len(self.classes)
+
+    @property
+    def has_masks(self) -> bool:
+        """True when every image has a mask."""
+        return 0 < self.card.images == self.card.masks
+
+    def __getitem__(self, index: int) -> Sample:
+        """Sample `index`, 0-based. Raises IndexError beyond the end, UserError for a damaged shard."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"split {self.name} has {len(self)} images, there is no image {index}")
+        shard = int(np.searchsorted(self._ends, index, side="right"))
+        table = self._table(shard)
+        row = index - (int(self._ends[shard - 1]) if shard else 0)
+        name, image, mask, labels, height, width = (column[row] for column in table.columns)
+        return Sample(
+            id=name.as_py(),
+            image=image.as_py(),
+            mask=mask.as_py(),
+            labels=labels.values.to_numpy().astype(np.float32),
+            height=height.as_py(),
+            width=width.as_py(),
+        )
+
+    def labels(self) -> np.ndarray:
+        """Image-level labels of the whole split, float32 (N, C), without touching an image."""
+        parts = [chunk.flatten().to_numpy() for chunk in self._chunks("labels")]
+        flat = np.concatenate(parts) if parts else np.zeros(0, np.uint8)
+        return flat.reshape(len(self), self.num_classes).astype(np.float32)
+
+    def ids(self) -> list[str]:
+        """Ids of the whole split, in order."""
+        return [name for chunk in self._chunks("id") for name in chunk.to_pylist()]
+
+    def shapes(self) -> np.ndarray:
+        """Height and width of every image, int64 (N, 2)."""
+        columns = [
+            np.concatenate([np.zeros(0, np.int64), *(chunk.to_numpy() for chunk in self._chunks(key))])
+            for key in ("height", "width")
+        ]
+        return np.stack(columns, axis=1).astype(np.int64)
+
+    def _chunks(self, key: str) -> list[Any]:
+        return [chunk for shard in range(len(self._ends)) for chunk in self._table(shard).column(key).chunks]
+
+    def _table(self, shard: int) -> pa.Table:
+        if shard not in self._tables:
+            card = self.card.shards[shard]
+            self._tables[shard] = map_shard(self.folder / card.file, card, self.num_classes)
+        return self._tables[shard]
+
+
+class Dataset:
+    """A dataset on this machine: its card and its splits."""
+
+    def __init__(self, folder: Path, card: DatasetCard, uri: str) -> None:
+        self.folder = folder
+        self.card = card
+        self.uri = uri
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names, background left out."""
+        return self.card.classes
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes C, background left out."""
+        return len(self.card.classes)
+
+    def split(self, name: str) -> Split:
+        """The split `name`. Raises UserError naming the splits there are."""
+        if name not in self.card.splits:
+            there = ", ".join(self.card.splits) or "none"
+            raise UserError(f"{self.uri} has no split {name!r}: its splits are {there}")
+        return Split(self.folder, name, self.card.splits[name], self.classes)
+
+
+def open_dataset(uri: str) -> Dataset:
+    """Open a dataset folder or URI; a remote one is copied once a node, and its copy used when the remote is away.
+
+    Reads the card and the sizes of the shards only. Raises UserError when there is no dataset, it is of another format
+    version, or a shard is missing or cut short.
+    """
+    where = place(uri)
+    if where.local is not None:
+        card, folder = read_card(where), where.local
+    else:
+        try:
+            card = read_card(where)
+        except OSError as error:
+            copy = cached(uri)
+            if copy is None:
+                raise UserError(f"cannot read {uri} ({error}): check the address and the network") from None
+            card, folder = read_card(place(copy)), copy
+        else:
+            files = {shard.file: shard.sha256 for split in card.splits.values() for shard in split.shards}
+            folder = fetch(uri, files)
+            if not (folder / CARD).exists():
+                place(folder / CARD).write(where.child(CARD).read())
+    for split in card.splits.values():
+        for shard in split.shards:
+            path = folder / shard.file
+            size = path.stat().st_size if path.exists() else None
+            if size != shard.bytes:
+                found = "missing" if size is None else f"{size} bytes long instead of {shard.bytes}"
+                raise UserError(f"shard {path} is {found}: copy the dataset again, or import it again")
+    return Dataset(folder, card, uri)

@@ -1,0 +1,68 @@
+"""What a job is sent: one resolved experiment file and the package, nothing else of the sender's disk.
+
+An allow-list instead of the project folder with exclusions: no `.env`, credential, dataset or run can leave the
+machine by being forgotten in a list, and a parcel stays far below Ray's limit of 100 MiB.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+
+import cosa_ray
+from cosa_ray.config.load import apply_overrides
+from cosa_ray.config.schema import Config
+from cosa_ray.errors import UserError
+
+# Ray's Jobs API refuses more than its largest gRPC message (RAY_max_grpc_message_size).
+LIMIT_BYTES = 100 * 1024 * 1024
+_PACKAGE = Path(cosa_ray.__file__).resolve().parent
+
+
+def pack(folder: Path, files: Mapping[str, str], *, package: bool) -> None:
+    """Write a job's files into an empty folder, with the package `cosa_ray` beside them when asked.
+
+    Raises UserError in one sentence when the parcel is over Ray's limit.
+    """
+    for name, content in files.items():
+        (folder / name).write_text(content, encoding="utf-8")
+    if package:
+        shutil.copytree(_PACKAGE, folder / _PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__", ".*", "*.log"))
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    if size > LIMIT_BYTES:
+        largest = max((file for file in folder.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+        raise UserError(
+            f"the job's parcel is {size / 2**20:.0f} MiB and Ray takes at most {LIMIT_BYTES // 2**20} MiB; "
+            f"remove {largest.relative_to(folder)} from the package, or install it on the cluster and use --installed."
+        )
+
+
+def for_cluster(config: Config, folder: str, *, tracking_from_environment: bool) -> Config:
+    """The same experiment with its relative paths made absolute under `folder`, a folder on the cluster.
+
+    A job runs in a temporary folder that Ray deletes: whatever stayed relative (runs, mlflow.db) would go with it.
+    """
+    root = PurePosixPath(folder)
+    if not root.is_absolute():
+        raise UserError(f"--folder {folder}: expected an absolute folder on the cluster.")
+
+    def absolute(path: str) -> str:
+        return path if "://" in path else str(root / path)
+
+    changes: dict[str, object] = {"storage": absolute(config.storage), "data.dataset": absolute(config.data.dataset)}
+    if config.model.checkpoint:
+        changes["model.checkpoint"] = absolute(config.model.checkpoint)
+    if config.init_from and "/" in config.init_from:  # a bare name is looked up in `storage`
+        changes["init_from"] = absolute(config.init_from)
+    if not tracking_from_environment:
+        changes["tracking.uri"] = absolute_tracking(config.tracking.uri or "sqlite:///mlflow.db", folder)
+    return apply_overrides(config, changes, "the job's paths")
+
+
+def absolute_tracking(uri: str, folder: str) -> str:
+    """A tracking URI whose SQLite file does not depend on the working folder; servers stay as they are."""
+    scheme = "sqlite:///"
+    if uri.startswith(scheme) and not uri.startswith(scheme + "/"):
+        return f"{scheme}{PurePosixPath(folder) / uri.removeprefix(scheme)}"
+    return uri

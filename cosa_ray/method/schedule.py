@@ -1,0 +1,33 @@
+"""Learning rate and phases of a run as pure functions of the step."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from cosa_ray.config.schema import Optimiser, Training
+
+Phase = Literal["warmup", "filling", "cotraining"]
+
+
+def learning_rate(optimiser: Optimiser, total_steps: int, step: int) -> float:
+    """Factor on every group's lr for the optimiser step `step` (0-based): linear warm-up, then polynomial decay.
+
+    Step t < warmup_steps: 1 - (1 - t / warmup_steps) * (1 - warmup_ratio); afterwards (1 - t / T) ** power
+    (method.md 5; release `PolyWarmupAdamW`).
+    """
+    if step < optimiser.warmup_steps:
+        return 1.0 - (1.0 - step / optimiser.warmup_steps) * (1.0 - optimiser.warmup_ratio)
+    return max(0.0, 1.0 - step / total_steps) ** optimiser.power
+
+
+def phase(training: Training, step: int, ring_batches: int) -> Phase:
+    """What step `step` (0-based) does.
+
+    "warmup": classification losses only. "filling": the same, and the assignment network's CAMs fill the ring of
+    histograms; the last `ring_batches` steps of warm-up (0 when thresholds are fixed). "cotraining": all losses,
+    from step `warmup_iters` on; the release's option `decoder_in_warmup` counts that step as warm-up too.
+    """
+    start = training.warmup_iters + (1 if training.decoder_in_warmup else 0)
+    if step >= start:
+        return "cotraining"
+    return "filling" if step >= start - ring_batches else "warmup"

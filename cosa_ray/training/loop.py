@@ -1,0 +1,347 @@
+"""The worker loop: the same function under Ray Train, inside a Tune trial, and in one bare process."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cosa_ray.config.schema import Config
+from cosa_ray.data.dataset import open_dataset
+from cosa_ray.data.loader import TrainingBatch, training_batches
+from cosa_ray.evaluation.evaluate import best_metric, evaluate, metric_prefix
+from cosa_ray.method.schedule import phase
+from cosa_ray.method.step import MicroBatch, StepOutput, classification_step, cotraining_step, fill_step
+from cosa_ray.tracking.tracker import Tracking, open_tracker
+from cosa_ray.training.distributed import StepStatus, Workers, autocast_dtype, join_workers, set_threads
+from cosa_ray.training.session import Progress, Session
+from cosa_ray.training.state import Description, TrainState
+from cosa_ray.training.storage import CheckpointEntry, CheckpointStore, RunFolder
+
+log = logging.getLogger(__name__)
+PROGRESS_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker is handed: picklable, resolved, with absolute paths."""
+
+    name: str
+    folder: str
+    config: Config
+    tracking: Tracking | None
+    cpus_per_worker: float | None = None
+    init_from: str | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the loop ended: `finished`, `stopped` (on request) or `diverged` (with the cause), after how many steps."""
+
+    state: str
+    step: int
+    cause: str | None = None
+
+
+def run_worker(job: Job, session: Session) -> Outcome:
+    """Train from the last registered checkpoint, or from the start, until the end, a stop or a non-finite loss.
+
+    Every worker of the run calls it; rank 0 alone writes. Wrong input raises UserError before the first step.
+    """
+    set_threads(job.config, job.cpus_per_worker)
+    workers = join_workers()
+    torch.use_deterministic_algorithms(workers.device.type == "cpu")
+    return _Run(job, session, workers).train()
+
+
+class _Run:
+    """One worker's run, in reading order: set up, train, one step, evaluate, checkpoint."""
+
+    def __init__(self, job: Job, session: Session, workers: Workers) -> None:
+        config = job.config
+        self.job, self.config, self.session, self.workers = job, config, session, workers
+        self.dataset = open_dataset(config.data.dataset)
+        self.train_split = self.dataset.split(config.data.train_split)
+        self.val_split = self.dataset.split(config.data.val_split)
+        self.folder = RunFolder(job.folder)
+        self.prefix = metric_prefix(config, len(self.val_split))
+        self.checkpoints = CheckpointStore(self.folder, best_metric(config, self.prefix))
+        latest = self.checkpoints.latest()
+        fresh = latest is None and job.init_from is None
+        self.state = TrainState(config, self.dataset.num_classes, workers.device, initialise=fresh)
+        self.autocast = autocast_dtype(config, workers.device)
+        self.status = StepStatus(workers)
+        self.metrics: dict[str, float] = {}
+        self._restore(latest)
+        self.tracker = open_tracker(job.tracking if workers.rank == 0 else None)
+        self._wrapped: tuple[str, torch.nn.Module] | None = None
+        self._marks: list[tuple[float, int]] = [(time.perf_counter(), self.state.step)]
+        self._waited = 0.0
+        self._shown = 0.0
+        self._started = time.perf_counter()
+        self._seconds_before = self.state.worker_seconds
+
+    def train(self) -> Outcome:
+        """Run to the end, a stop, or a non-finite loss; the tracker is told how it ended."""
+        outcome = Outcome("failed", self.state.step, "the worker was interrupted")
+        try:
+            outcome = self._steps()
+            return outcome
+        except Exception as error:
+            outcome = Outcome("failed", self.state.step, f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            self.tracker.finish({"finished": "FINISHED", "stopped": "KILLED"}.get(outcome.state, "FAILED"))
+            self.session.close()
+
+    def _steps(self) -> Outcome:
+        config, state = self.config, self.state
+        total = config.training.steps
+        if state.step >= total:
+            # A restart after the last checkpoint: nothing is left, but a scheduler still waits for the last metrics.
+            self._report()
+            return Outcome("finished", state.step)
+        with closing(self._batches()) as batches:
+            while state.step < total:
+                before = time.perf_counter()
+                batch = next(batches)
+                self._waited += time.perf_counter() - before
+                agreed = self._step(batch)
+                milestone = state.step % config.evaluation.every == 0 or state.step == total
+                keep = milestone or state.step % config.checkpoint.every == 0
+                # A checkpoint must not hold a step whose flags nobody has read.
+                for flags in (agreed, self.status.read() if keep else None):
+                    if (ended := self._ended(flags)) is not None:
+                        return ended
+                self._show()
+                if milestone:
+                    self._evaluate()
+                if keep:
+                    self._checkpoint(self.metrics if milestone else {})
+                if milestone:
+                    self._report()
+        return Outcome("finished", state.step)
+
+    def _batches(self) -> Iterator[TrainingBatch]:
+        config = self.config
+        return training_batches(
+            self.train_split,
+            seed=config.seed,
+            views=config.views,
+            batch_size=config.training.batch_size,
+            start_step=self.state.step,
+            stop_step=config.training.steps,
+            rank=self.workers.rank,
+            world=self.workers.world,
+            processes=config.data.loader_processes,
+        )
+
+    def _step(self, batch: TrainingBatch) -> tuple[int, list[str], bool] | None:
+        """One optimiser step; returns what the workers agreed on after the step before."""
+        config, state, workers = self.config, self.state, self.workers
+        step, log_now = state.step, (state.step + 1) % config.tracking.log_every == 0
+        now = self._phase(step)
+        micro_batches = self._micro_batches(batch)
+        common: dict[str, Any] = {
+            "global_batch": config.training.batch_size,
+            "world": workers.world,
+            "autocast": self.autocast,
+        }
+        if now == "cotraining":
+            output = cotraining_step(
+                self._wrap("cotraining", state.online),
+                state.assignment,
+                micro_batches,
+                state.thresholds,
+                config,
+                step,
+                sum_over_workers=workers.sum,
+                **common,
+            )
+        else:
+            output = classification_step(self._wrap("warmup", state.online.classification), micro_batches, **common)
+            if now == "filling":
+                filled = fill_step(
+                    state.assignment,
+                    micro_batches,
+                    state.thresholds,
+                    config,
+                    sum_over_workers=workers.sum,
+                    autocast=self.autocast,
+                )
+                output = output._replace(statistics=filled.statistics, proposal=filled.proposal)
+            if config.training.decoder_in_warmup:
+                for parameter in state.online.decoder_parameters():
+                    parameter.grad = torch.zeros_like(parameter)
+        agreed = self.status.read()
+        finite = self.status.share(step + 1, output.losses, self.session.stop_wished())
+        norm = state.optimise(finite)
+        if output.proposal is not None:
+            state.thresholds.commit(output.proposal, finite)
+        if log_now:
+            self._log(output, norm)
+        return agreed
+
+    def _wrap(self, name: str, module: torch.nn.Module) -> torch.nn.Module:
+        """The module under DDP, rebuilt when co-training starts so that no parameter ever lacks a gradient."""
+        if self._wrapped is None or self._wrapped[0] != name:
+            if self.config.training.compile:
+                module.compile()
+            self._wrapped = (name, self.workers.wrap(module))
+        return self._wrapped[1]
+
+    def _phase(self, step: int) -> str:
+        dynamic = self.config.dynamic_threshold
+        return phase(self.config.training, step, dynamic.batches if dynamic.enabled else 0)
+
+    def _micro_batches(self, batch: TrainingBatch) -> list[MicroBatch]:
+        device, network = self.workers.device, self.state.online
+        weak, strong = (network.normalise(view.to(device, non_blocking=True)) for view in (batch.weak, batch.strong))
+        whole = (
+            weak,
+            strong,
+            *(part.to(device, non_blocking=True) for part in (batch.labels, batch.box, batch.position)),
+        )
+        pieces = [part.tensor_split(self.config.training.accumulate) for part in whole]
+        return [MicroBatch(*piece) for piece in zip(*pieces, strict=True)]
+
+    def _ended(self, agreed: tuple[int, list[str], bool] | None) -> Outcome | None:
+        """How the flags end the run, if they do; a stop leaves a checkpoint first."""
+        if agreed is None:
+            return None
+        step, bad, stop = agreed
+        if bad:
+            return Outcome("diverged", self.state.step, f"{', '.join(bad)} not finite at step {step}")
+        if stop:
+            # The step just taken has flags of its own: a checkpoint must not hold what nobody has read.
+            if (worse := self._ended(self.status.read())) is not None:
+                return worse
+            self._checkpoint({})
+            return Outcome("stopped", self.state.step)
+        return None
+
+    def _log(self, output: StepOutput, norm: Tensor) -> None:
+        """Log a step: the only place where a step waits for the device."""
+        state, config = self.state, self.config
+        shares = self.workers.sum(torch.stack([loss.double() for loss in output.losses.values()]))
+        metrics = {f"train/{name}": value for name, value in zip(output.losses, shares.tolist(), strict=True)}
+        metrics["train/grad_norm"] = norm.item()
+        metrics |= {f"train/{name}": value.item() for name, value in output.statistics.items()}
+        metrics |= {f"threshold/{name}": value for name, value in state.threshold_values().items()}
+        metrics["train/lr"] = state.optimiser.param_groups[0]["lr"]
+        self.metrics["train/loss"] = metrics["train/loss"]
+        if (rate := self._rate()) is not None:
+            metrics["perf/images_per_second"] = rate
+            metrics["perf/step_seconds"] = config.training.batch_size / rate
+            elapsed = time.perf_counter() - self._started
+            metrics["perf/data_wait_share"] = self._waited / elapsed
+        metrics[f"cost/{'gpu' if self.workers.device.type == 'cuda' else 'cpu'}_hours"] = self._worker_seconds() / 3600
+        self._marks.append((time.perf_counter(), state.step))
+        del self._marks[:-20]
+        self.tracker.log(metrics, state.step)
+
+    def _rate(self) -> float | None:
+        """Images a second over the last logged intervals, evaluations left out."""
+        (start, first), (end, last) = self._marks[0], (time.perf_counter(), self.state.step)
+        return (last - first) * self.config.training.batch_size / (end - start) if last > first else None
+
+    def _worker_seconds(self) -> float:
+        """Seconds this run has cost, earlier attempts included: wall time x workers (GPUs, or CPU threads)."""
+        units = 1 if self.workers.device.type == "cuda" else torch.get_num_threads()
+        return self._seconds_before + self.workers.world * units * (time.perf_counter() - self._started)
+
+    def _show(self, force: bool = False) -> None:
+        if self.workers.rank or (time.perf_counter() - self._shown < PROGRESS_SECONDS and not force):
+            return
+        self._shown = time.perf_counter()
+        rate, total = self._rate(), self.config.training.steps
+        remaining = (total - self.state.step) * self.config.training.batch_size
+        self.session.progress(
+            Progress(
+                run=self.job.name,
+                step=self.state.step,
+                steps=total,
+                phase=self._phase(max(0, self.state.step - 1)),
+                loss=self.metrics.get("train/loss"),
+                miou=self.metrics.get(self.checkpoints.metric),
+                images_per_second=rate,
+                seconds_left=remaining / rate if rate else None,
+            )
+        )
+
+    def _evaluate(self) -> None:
+        """Evaluate both networks on all workers; rank 0 logs metrics and pictures."""
+        began = time.perf_counter()
+        result = evaluate(
+            self.state.online,
+            self.state.assignment,
+            self.val_split,
+            self.config,
+            classes=self.dataset.classes,
+            thresholds=self.state.threshold_values(),
+            segment=self.state.step > self.config.training.warmup_iters,
+            rank=self.workers.rank,
+            world=self.workers.world,
+            sum_over_workers=self.workers.sum,
+            device=self.workers.device,
+            autocast=self.autocast,
+        )
+        self.metrics = {**{k: v for k, v in self.metrics.items() if k.startswith("train/")}, **result.metrics}
+        took = time.perf_counter() - began
+        self.tracker.log({**result.metrics, "perf/evaluation_seconds": took}, self.state.step)
+        for name, picture in result.pictures().items():
+            self.tracker.log_image(name, picture, self.state.step)
+        # Evaluations are no training time: leave them out of the rate.
+        self._marks = [(time.perf_counter(), self.state.step)]
+        self._show(force=True)
+
+    def _checkpoint(self, metrics: dict[str, float]) -> None:
+        """Upload and register this step's state; everything logged so far is safe before it counts."""
+        if self.workers.rank:
+            return
+        state = self.state
+        latest = self.checkpoints.latest()
+        if latest is not None and latest.step == state.step:
+            return
+        state.worker_seconds = self._worker_seconds()
+        online, assignment = (metrics.get(f"{self.prefix}/{name}", 0.0) for name in ("miou_online", "miou"))
+        description = Description(
+            run=self.job.name,
+            step=state.step,
+            classes=list(self.dataset.classes),
+            metrics=metrics,
+            better_network="online" if online > assignment else "assignment",
+            worker_seconds=state.worker_seconds,
+            thresholds=state.threshold_values(),
+        )
+        with tempfile.TemporaryDirectory(prefix="cosa-ray-checkpoint-") as temporary:
+            state.save(Path(temporary), self.dataset.card, description)
+            name = self.checkpoints.upload(Path(temporary), state.step)
+        self.tracker.flush()
+        self.checkpoints.register(name, state.step, metrics)
+
+    def _report(self) -> None:
+        """Hand the newest evaluation to the scheduler; evaluations without the metric it orders by are left out."""
+        if self.checkpoints.metric in self.metrics:
+            self.session.report({**self.metrics, "step": self.state.step})
+
+    def _restore(self, latest: CheckpointEntry | None) -> None:
+        """Go on from the last registered checkpoint, else start from another run's weights, else afresh."""
+        if self.workers.rank == 0:
+            self.checkpoints.sweep_orphans()
+        if latest is not None:
+            with self.folder.local_copy(latest.name) as local:
+                self.state.load(local)
+            self.metrics = dict(latest.metrics)
+        elif self.job.init_from is not None:
+            source = RunFolder(self.job.init_from)
+            with source.local_copy("") as local:
+                self.state.start_from(local)

@@ -1,0 +1,134 @@
+"""Runs by name, folder or MLflow run id: what is written down about one, and how it is found again."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass, replace
+
+from cosa_ray.config.load import check
+from cosa_ray.config.schema import Config
+from cosa_ray.errors import UserError
+from cosa_ray.training.storage import CheckpointEntry, CheckpointStore, RunFolder
+
+RECORD, CONFIG = "run.json", "config.yaml"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+# What may differ when a run is continued: none of it changes a result beyond rounding.
+RESUMABLE = ("workers", "storage", "resources", "tracking", "checkpoint", "data.loader_processes", "training.threads")
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What `run.json` in a run's folder says."""
+
+    name: str
+    metric: str
+    state: str = "created"
+    mlflow_run_id: str | None = None
+    tracking_uri: str | None = None
+    parent_run_id: str | None = None
+    cause: str | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that exists: its folder, record and checkpoints."""
+
+    folder: RunFolder
+    record: RunRecord
+
+    @property
+    def checkpoints(self) -> CheckpointStore:
+        """Its registered checkpoints, ordered by the metric it optimises."""
+        return CheckpointStore(self.folder, self.record.metric)
+
+    def config(self) -> Config:
+        """The resolved config it was started with."""
+        content = self.folder.read_text(CONFIG)
+        if content is None:
+            raise UserError(f"{self.folder.uri}: has no {CONFIG}; this is no run folder.")
+        import yaml
+
+        return check(yaml.safe_load(content), f"{self.folder.uri}/{CONFIG}")
+
+    def update(self, **changes: str | None) -> Run:
+        """Write changed fields of the record; returns the run with them."""
+        record = replace(self.record, **changes)  # type: ignore[arg-type]
+        self.folder.write_text(RECORD, json.dumps(asdict(record), indent=1))
+        return Run(self.folder, record)
+
+    def best(self) -> CheckpointEntry:
+        """Its best checkpoint; UserError when it has none yet."""
+        entry = self.checkpoints.best()
+        if entry is None:
+            raise UserError(f"run {self.record.name} ({self.folder.uri}) has no checkpoint yet; let it train first.")
+        return entry
+
+
+def check_name(name: str) -> str:
+    """The name, when it can be a folder, a Ray run and an MLflow tag; else UserError."""
+    if not _NAME.fullmatch(name):
+        raise UserError(
+            f"run name {name!r}: use up to 100 letters, digits, '_', '.', '-', starting with a letter or digit."
+        )
+    return name
+
+
+def read_run(uri: str) -> Run | None:
+    """The run in a folder, None when the folder holds none."""
+    folder = RunFolder(uri)
+    content = folder.read_text(RECORD)
+    return Run(folder, RunRecord(**json.loads(content))) if content else None
+
+
+def create_run(name: str, config: Config, metric: str) -> Run:
+    """Make the folder of a new run; UserError when the name is taken."""
+    folder = RunFolder(f"{config.storage.rstrip('/')}/{check_name(name)}")
+    if folder.exists():
+        raise UserError(
+            f"run {name} exists already in {folder.uri}: continue it with --resume, or choose another --name; "
+            "nothing was changed."
+        )
+    from cosa_ray.config.load import dump_config
+
+    folder.write_text(CONFIG, dump_config(config))
+    return Run(folder, RunRecord(name, metric)).update()
+
+
+def resume_run(name: str, config: Config) -> Run:
+    """The run to continue; UserError when there is none or when a setting differs that would change its result."""
+    run = read_run(f"{config.storage.rstrip('/')}/{check_name(name)}")
+    if run is None:
+        raise UserError(f"no run {name} in {config.storage} to resume; start it without --resume.")
+    from cosa_ray.config.load import flatten
+
+    before, now = flatten(run.config()), flatten(config)
+    for key, value in now.items():
+        if before.get(key) != value and not key.startswith(RESUMABLE):
+            raise UserError(
+                f"run {name} was started with {key}={before.get(key)}, not {value}: resume it with the config in "
+                f"{run.folder.uri}/{CONFIG}, or start a new run with init_from={name}."
+            )
+    return run
+
+
+def find_run(given: str, storage: str = "runs") -> Run:
+    """A run by name, folder or MLflow run id. Raises UserError naming the runs there are."""
+    for uri in (given, f"{storage.rstrip('/')}/{given}"):
+        run = read_run(uri)
+        if run is not None:
+            return run
+    if re.fullmatch(r"[0-9a-f]{32}", given):
+        from cosa_ray.tracking.store import folder_of_run
+
+        folder = folder_of_run(given)
+        run = read_run(folder) if folder else None
+        if run is not None:
+            return run
+    near = RunFolder(storage)
+    known = ", ".join(near.folders("")[-10:]) if near.exists() else ""
+    raise UserError(
+        f"no run {given}: not a run folder, not a name in {storage}"
+        + (f" (there are {known})" if known else "")
+        + ", and not an MLflow run id of the tracking store."
+    )

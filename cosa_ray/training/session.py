@@ -1,0 +1,156 @@
+"""How a worker talks to whoever started the run: progress and metrics out, a wish to stop in; with Ray and without."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+MONITOR = "cosa_ray_monitor"
+POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is: shown in the progress line and in a sweep's table."""
+
+    run: str
+    step: int
+    steps: int
+    phase: str
+    loss: float | None = None
+    miou: float | None = None
+    images_per_second: float | None = None
+    seconds_left: float | None = None
+
+    def line(self) -> str:
+        """One plain line for logs and terminals without a cursor."""
+        parts = [f"{self.run}: step {self.step}/{self.steps} {self.phase}"]
+        if self.loss is not None:
+            parts.append(f"loss {self.loss:.4f}")
+        if self.miou is not None:
+            parts.append(f"mIoU {self.miou:.3f}")
+        if self.images_per_second is not None:
+            parts.append(f"{self.images_per_second:.1f} images/s")
+        if self.seconds_left is not None:
+            minutes, seconds = divmod(round(self.seconds_left), 60)
+            parts.append(f"{minutes}:{seconds:02d} left")
+        return "  ".join(parts)
+
+
+class Session(Protocol):
+    """What the worker loop needs of its surroundings."""
+
+    def progress(self, progress: Progress) -> None:
+        """Show where the run is; never blocks."""
+
+    def report(self, metrics: dict[str, float]) -> None:
+        """Hand an evaluation's metrics to the scheduler; every worker calls it."""
+
+    def stop_wished(self) -> bool:
+        """True when somebody asked the run to stop."""
+
+    def close(self) -> None:
+        """Release what the session holds."""
+
+
+class LocalSession:
+    """One process, no Ray: progress goes to a function, the wish to stop is an event."""
+
+    def __init__(self, show: Callable[[Progress], None], stop: threading.Event) -> None:
+        self._show = show
+        self._stop = stop
+
+    def progress(self, progress: Progress) -> None:
+        self._show(progress)
+
+    def report(self, metrics: dict[str, float]) -> None:
+        pass
+
+    def stop_wished(self) -> bool:
+        return self._stop.is_set()
+
+    def close(self) -> None:
+        pass
+
+
+class RaySession:
+    """A Ray Train worker: talks to the driver through the run's monitor actor, to Tune through `ray.train.report`."""
+
+    def __init__(self, monitor: Any, run: str, rank: int) -> None:
+        self._monitor = monitor
+        self._run = run
+        self._wish = threading.Event()
+        self._closed = threading.Event()
+        # Rank 0 alone listens; the loop's all-reduce tells the others at the same step.
+        self._thread = threading.Thread(target=self._listen, name="stop-wish", daemon=True) if rank == 0 else None
+        if self._thread:
+            self._thread.start()
+
+    def progress(self, progress: Progress) -> None:
+        self._monitor.post.remote(asdict(progress))
+
+    def report(self, metrics: dict[str, float]) -> None:
+        import ray.train
+
+        ray.train.report(metrics)
+
+    def stop_wished(self) -> bool:
+        return self._wish.is_set()
+
+    def close(self) -> None:
+        self._closed.set()
+        if self._thread:
+            self._thread.join(timeout=2 * POLL_SECONDS)
+
+    def _listen(self) -> None:
+        import ray
+        from ray.exceptions import GetTimeoutError, RayError
+
+        while not self._closed.wait(POLL_SECONDS):
+            try:
+                if ray.get(self._monitor.stop_wished.remote(self._run), timeout=5):
+                    self._wish.set()
+                    return
+            except GetTimeoutError:
+                continue
+            except RayError:
+                # The driver and its monitor are gone; the run itself is Ray's to end.
+                return
+
+
+class Monitor:
+    """Actor beside the driver: the latest progress of every run, and who is asked to stop."""
+
+    def __init__(self) -> None:
+        self._latest: dict[str, dict[str, Any]] = {}
+        self._stop: set[str] = set()
+        self._stop_all = False
+
+    def post(self, progress: dict[str, Any]) -> None:
+        """Keep a run's newest progress."""
+        self._latest[progress["run"]] = progress
+
+    def latest(self) -> dict[str, dict[str, Any]]:
+        """Newest progress by run."""
+        return self._latest
+
+    def stop(self, run: str | None = None) -> None:
+        """Ask one run, or all, to write a checkpoint and end."""
+        if run is None:
+            self._stop_all = True
+        else:
+            self._stop.add(run)
+
+    def stop_wished(self, run: str) -> bool:
+        """True when this run was asked to end."""
+        return self._stop_all or run in self._stop
+
+
+def start_monitor() -> Any:
+    """Start the monitor actor of this driver; it ends with the driver, or when the handle is dropped."""
+    import ray
+
+    # Zero CPUs, so that it never takes a worker's place; beside the driver, which it serves.
+    return ray.remote(num_cpus=0, max_concurrency=4)(Monitor).remote()

@@ -1,0 +1,184 @@
+"""Everything a run is at one step: networks, optimiser, thresholds with their rings, step, RNG; saved and restored."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cosa_ray.config.load import dump_config
+from cosa_ray.config.schema import Config
+from cosa_ray.data.card import DatasetCard
+from cosa_ray.data.remote import fetch
+from cosa_ray.errors import UserError
+from cosa_ray.method.ema import ema_update
+from cosa_ray.method.network import Network, build_network
+from cosa_ray.method.schedule import learning_rate
+from cosa_ray.method.threshold import DynamicThresholds
+from cosa_ray.training.storage import FULL_STATE
+
+ONLINE, ASSIGNMENT = "online.safetensors", "assignment.safetensors"
+DESCRIPTION, CONFIG = "checkpoint.json", "config.yaml"
+
+
+def backbone_weights(config: Config) -> dict[str, Tensor] | None:
+    """Tensors of `model.checkpoint` (a path or URI, fetched once a node), None when it is not set.
+
+    Nothing is unpickled beyond tensors. Raises UserError when the file is missing or of another kind.
+    """
+    if config.model.checkpoint is None:
+        return None
+    file = fetch(config.model.checkpoint)
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(
+            f"model.checkpoint {config.model.checkpoint}: not a safetensors file nor a plain torch state dict "
+            f"({type(error).__name__}); convert it to safetensors."
+        ) from error
+    nested = content.get("model", content.get("state_dict", content)) if isinstance(content, dict) else None
+    if not isinstance(nested, dict) or not all(isinstance(value, Tensor) for value in nested.values()):
+        raise UserError(f"model.checkpoint {config.model.checkpoint}: holds no state dict; convert it to safetensors.")
+    return nested
+
+
+def read_weights(folder: Path, network: Network, file: str) -> None:
+    """Load one network's weights from a checkpoint folder; UserError lists what does not fit."""
+    missing, unexpected = network.load_state_dict(load_file(folder / file), strict=False)
+    if missing or unexpected:
+        raise UserError(
+            f"{folder / file}: does not fit the network of this config (missing {missing[:3]}, unexpected "
+            f"{unexpected[:3]}); use the config the checkpoint was trained with."
+        )
+
+
+@dataclass
+class Description:
+    """What a checkpoint says of itself, readable without loading a tensor."""
+
+    run: str
+    step: int
+    classes: list[str]
+    metrics: dict[str, float]
+    better_network: str
+    worker_seconds: float
+    thresholds: dict[str, float]
+
+    @classmethod
+    def read(cls, folder: Path) -> Description:
+        """Read a checkpoint folder's description."""
+        return cls(**json.loads((folder / DESCRIPTION).read_text(encoding="utf-8")))
+
+
+class TrainState:
+    """Both networks, the optimiser, the thresholds and the number of steps done, on one device."""
+
+    def __init__(self, config: Config, num_classes: int, device: torch.device, *, initialise: bool = True) -> None:
+        """`initialise=False` leaves out trained backbone weights, for a state that is loaded next."""
+        torch.manual_seed(config.seed)
+        self.config = config
+        self.online = build_network(
+            config.model,
+            num_classes,
+            weights=backbone_weights(config) if initialise else None,
+            image_size=config.views.crop,
+            initialise=initialise,
+        ).to(device)
+        # An exact copy of ON, heads included (the release's own random heads were a slip; method.md 1).
+        self.assignment = deepcopy(self.online).requires_grad_(False).eval()
+        self.optimiser = torch.optim.AdamW(
+            self.online.parameter_groups(config.optimiser), betas=config.optimiser.betas, fused=True
+        )
+        for group in self.optimiser.param_groups:
+            group["base_lr"] = group["lr"]
+        self.thresholds = DynamicThresholds(config.dynamic_threshold, config.pseudo_labels, device)
+        self.step = 0
+        self.worker_seconds = 0.0
+
+    def threshold_values(self) -> dict[str, float]:
+        """Current thresholds by name, on the host."""
+        return {name: value.item() for name, value in self.thresholds.values.items()}
+
+    def optimise(self, finite: Tensor) -> Tensor:
+        """One optimiser and EMA step at the scheduled rate; `finite` = 0 leaves weights and EMA untouched, on device.
+
+        Returns the gradient's global norm before clipping. A gradient that is not finite counts as finite = 0.
+        """
+        config = self.config
+        gradients = [p.grad for p in self.online.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+        finite = finite * torch.isfinite(norm)
+        if config.optimiser.clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.online.parameters(), config.optimiser.clip_norm, norm)
+        factor = learning_rate(config.optimiser, config.training.steps, self.step)
+        for group in self.optimiser.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        # The fused kernels skip a step whose found_inf is set, as under a GradScaler: no host round trip.
+        self.optimiser.grad_scale = None  # type: ignore[attr-defined]
+        self.optimiser.found_inf = 1.0 - finite  # type: ignore[attr-defined]
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        assignment = config.assignment
+        momentum = assignment.momentum
+        if self.step < config.training.warmup_iters and assignment.warmup_momentum is not None:
+            momentum = assignment.warmup_momentum
+        ema_update(self.assignment, self.online, momentum, finite)
+        self.step += 1
+        return norm
+
+    def save(self, folder: Path, card: DatasetCard, description: Description) -> None:
+        """Write weights, full state, config and description into a local folder."""
+        save_file(_detached(self.online.state_dict()), folder / ONLINE)
+        save_file(_detached(self.assignment.state_dict()), folder / ASSIGNMENT)
+        torch.save(
+            {
+                "step": self.step,
+                "optimiser": self.optimiser.state_dict(),
+                "thresholds": self.thresholds.state_dict(),
+                "rng": torch.get_rng_state(),
+                "worker_seconds": self.worker_seconds,
+            },
+            folder / FULL_STATE,
+        )
+        (folder / CONFIG).write_text(dump_config(self.config), encoding="utf-8")
+        (folder / "dataset.json").write_text(card.model_dump_json(), encoding="utf-8")
+        (folder / DESCRIPTION).write_text(json.dumps(description.__dict__, indent=1), encoding="utf-8")
+
+    def load(self, folder: Path) -> None:
+        """Restore everything from a checkpoint folder. Raises UserError when it holds weights only."""
+        if not (folder / FULL_STATE).is_file():
+            raise UserError(
+                f"{folder}: holds weights only, so the run cannot be continued; start a new run with init_from, "
+                "or set checkpoint.keep_full_state next time."
+            )
+        state: Mapping[str, Any] = torch.load(folder / FULL_STATE, map_location="cpu", weights_only=True)
+        self.load_networks(folder)
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.thresholds.load_state_dict(state["thresholds"])
+        torch.set_rng_state(state["rng"])
+        self.step = int(state["step"])
+        self.worker_seconds = float(state["worker_seconds"])
+
+    def load_networks(self, folder: Path) -> None:
+        """Restore both networks' weights from a checkpoint folder."""
+        read_weights(folder, self.online, ONLINE)
+        read_weights(folder, self.assignment, ASSIGNMENT)
+
+    def start_from(self, folder: Path) -> None:
+        """Take another run's weights (its better network) for both networks; optimiser and step stay fresh."""
+        better = Description.read(folder).better_network
+        for network in (self.online, self.assignment):
+            read_weights(folder, network, ONLINE if better == "online" else ASSIGNMENT)
+
+
+def _detached(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}

@@ -1,0 +1,179 @@
+"""A run's folder on local disk or any fsspec URI, and the checkpoints in it.
+
+Ray Train's own checkpoint book is not used: its snapshot is overwritten in place and readable by one Ray version
+only. Here a checkpoint exists once the index names it, the index is replaced atomically, and a run reads the same
+with and without Ray.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import posixpath
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+FULL_STATE = "state.pt"
+
+
+class RunFolder:
+    """A folder given by path or URI; every write of a small file is all or nothing."""
+
+    def __init__(self, uri: str) -> None:
+        filesystem, path = fsspec.core.url_to_fs(uri)
+        self.fs = filesystem
+        self.path = str(path).rstrip("/")
+        self.is_local = isinstance(filesystem, LocalFileSystem)
+        self.uri = self.path if self.is_local else uri.rstrip("/")
+
+    def join(self, name: str) -> str:
+        """Path of a file of the folder, for `fs`."""
+        return posixpath.join(self.path, name)
+
+    def exists(self, name: str = "") -> bool:
+        """True when the file, or the folder itself, is there."""
+        self.fs.invalidate_cache()
+        return bool(self.fs.exists(self.join(name) if name else self.path))
+
+    def read_text(self, name: str) -> str | None:
+        """Content of a file, None when there is none."""
+        self.fs.invalidate_cache()
+        try:
+            return self.fs.cat_file(self.join(name)).decode("utf-8")
+        except FileNotFoundError:
+            return None
+
+    def write_text(self, name: str, content: str) -> None:
+        """Replace a file atomically and durably (object stores put whole objects anyway)."""
+        target = self.join(name)
+        if not self.is_local:
+            self.fs.pipe_file(target, content.encode("utf-8"))
+            return
+        os.makedirs(posixpath.dirname(target), exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{posixpath.basename(name)}.", dir=posixpath.dirname(target))
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(temporary, target)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+            raise
+
+    def folders(self, name: str) -> list[str]:
+        """Names of the folders inside a folder."""
+        self.fs.invalidate_cache()
+        if not self.fs.exists(self.join(name)):
+            return []
+        return sorted(
+            posixpath.basename(entry["name"].rstrip("/"))
+            for entry in self.fs.ls(self.join(name), detail=True)
+            if entry["type"] == "directory"
+        )
+
+    def put(self, source: Path, name: str) -> None:
+        """Upload the files of a local folder into a folder of this one."""
+        if self.is_local:
+            os.makedirs(self.join(name), exist_ok=True)
+        for file in sorted(source.iterdir()):
+            self.fs.put_file(str(file), posixpath.join(self.join(name), file.name))
+
+    @contextlib.contextmanager
+    def local_copy(self, name: str) -> Iterator[Path]:
+        """A folder of this one as a local path, downloaded for the time of the block when it is remote."""
+        if self.is_local:
+            yield Path(self.join(name))
+            return
+        with tempfile.TemporaryDirectory(prefix="cosa-ray-") as temporary:
+            for entry in self.fs.ls(self.join(name), detail=False):
+                self.fs.get_file(entry, posixpath.join(temporary, posixpath.basename(entry)))
+            yield Path(temporary)
+
+    def remove(self, name: str) -> None:
+        """Delete a file or folder; nothing happens when it is gone or cannot be deleted."""
+        with contextlib.suppress(OSError):
+            self.fs.rm(self.join(name), recursive=True)
+
+
+@dataclass(frozen=True)
+class CheckpointEntry:
+    """One registered checkpoint: folder name, optimiser steps done, metrics of the evaluation at that step, if any."""
+
+    name: str
+    step: int
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class CheckpointStore:
+    """Registered checkpoints of a run: the last one and the best one are kept.
+
+    A checkpoint is first uploaded, then registered by replacing `checkpoints.json`, and only then are older ones
+    deleted; so a kill at any moment leaves the last registered checkpoint whole. Folders the index does not name are
+    leftovers of a kill, removed by `sweep_orphans`.
+    """
+
+    INDEX = "checkpoints.json"
+    FOLDER = "checkpoints"
+
+    def __init__(self, folder: RunFolder, metric: str) -> None:
+        self.folder = folder
+        self.metric = metric
+
+    def entries(self) -> list[CheckpointEntry]:
+        """Registered checkpoints, oldest first."""
+        content = self.folder.read_text(self.INDEX)
+        return [CheckpointEntry(**entry) for entry in json.loads(content)["checkpoints"]] if content else []
+
+    def latest(self) -> CheckpointEntry | None:
+        """The registered checkpoint with the most steps."""
+        return _latest(self.entries())
+
+    def best(self) -> CheckpointEntry | None:
+        """The registered checkpoint with the highest metric; the latest when none was evaluated."""
+        return self._best(self.entries())
+
+    def _best(self, entries: list[CheckpointEntry]) -> CheckpointEntry | None:
+        scored = [entry for entry in entries if self.metric in entry.metrics]
+        return max(scored, key=lambda entry: (entry.metrics[self.metric], entry.step), default=_latest(entries))
+
+    def upload(self, source: Path, step: int) -> str:
+        """Copy a checkpoint's files to storage under a name of their own; not yet registered."""
+        name = f"{self.FOLDER}/step_{step:08d}"
+        self.folder.put(source, name)
+        return name
+
+    def register(self, name: str, step: int, metrics: dict[str, float]) -> None:
+        """Make an uploaded checkpoint count, then delete those no longer needed."""
+        entries = [entry for entry in self.entries() if entry.name != name] + [CheckpointEntry(name, step, metrics)]
+        needed = [entry for entry in entries if entry in (_latest(entries), self._best(entries))]
+        ordered = [asdict(entry) for entry in sorted(needed, key=lambda entry: entry.step)]
+        self.folder.write_text(self.INDEX, json.dumps({"checkpoints": ordered}, indent=1))
+        for entry in entries:
+            if entry not in needed:
+                self.folder.remove(entry.name)
+
+    def sweep_orphans(self) -> list[str]:
+        """Delete uploaded folders that were never registered; returns their names."""
+        known = {entry.name for entry in self.entries()}
+        orphans = [f"{self.FOLDER}/{name}" for name in self.folder.folders(self.FOLDER)]
+        orphans = [name for name in orphans if name not in known]
+        for name in orphans:
+            self.folder.remove(name)
+        return orphans
+
+    def drop_full_states(self) -> None:
+        """Keep weights only: delete optimiser states and rings of every checkpoint (the run cannot be continued)."""
+        for entry in self.entries():
+            self.folder.remove(f"{entry.name}/{FULL_STATE}")
+
+
+def _latest(entries: list[CheckpointEntry]) -> CheckpointEntry | None:
+    return max(entries, key=lambda entry: entry.step, default=None)
