@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from cosa_ray.config.load import apply_overrides, load_config
+from cosa_ray.config.schema import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -40,3 +44,75 @@ def real_data() -> Path:
 def weights() -> Path:
     """The folder of pretrained backbones."""
     return outside("COSA_WEIGHTS", "weights")
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A small set of made-up shapes, 48 px, imported without Ray."""
+    from cosa_ray.data.importing import import_dataset
+
+    out = tmp_path_factory.mktemp("data") / "shapes"
+    import_dataset("shapes", None, str(out), train=40, val=11, size=48, local=True)
+    return str(out)
+
+
+@pytest.fixture
+def tiny(tiny_dataset: str, tmp_path: Path) -> Callable[..., Config]:
+    """Make a config of twenty quick steps, co-training from step 8, every step logged; keywords use __ for dots."""
+
+    def make(**changes: object) -> Config:
+        settings = {
+            "storage": str(tmp_path / "runs"),
+            "data.dataset": tiny_dataset,
+            "tracking.uri": f"sqlite:///{tmp_path}/mlflow.db",
+            "tracking.log_every": 1,
+            "views.crop": 48,
+            "model.backbone_args.embed_dim": 32,
+            "model.backbone_args.depth": 2,
+            "model.backbone_args.num_heads": 2,
+            "model.aux": 0,
+            "model.decoder_width": 16,
+            "training.steps": 20,
+            "training.warmup_iters": 8,
+            "training.batch_size": 4,
+            "training.threads": 1,
+            "dynamic_threshold.batches": 4,
+            "optimiser.warmup_steps": 2,
+            "evaluation.every": 10,
+            "evaluation.batch_size": 4,
+            "evaluation.panel_images": 2,
+            "checkpoint.every": 5,
+            **{key.replace("__", "."): value for key, value in changes.items()},
+        }
+        return apply_overrides(load_config("shapes"), settings)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[str]:
+    """A local Ray cluster of two CPUs for the whole session; yields its address."""
+    import logging
+
+    import ray
+
+    from cosa_ray.training.driver import RAY_TRAIN_SETTINGS
+
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=True,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        runtime_env={"env_vars": RAY_TRAIN_SETTINGS},
+    )
+    yield ray.get_runtime_context().gcs_address
+    ray.shutdown()
+
+
+def history(uri: str, run_id: str, key: str) -> list[tuple[int, float]]:
+    """Every logged point of a metric as (step, value), in order of logging."""
+    from mlflow import MlflowClient
+
+    points = MlflowClient(tracking_uri=uri).get_metric_history(run_id, key)
+    return [(point.step, point.value) for point in sorted(points, key=lambda point: (point.step, point.timestamp))]

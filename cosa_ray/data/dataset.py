@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from cosa_ray.data.card import CARD, DatasetCard, SplitCard, read_card
+from cosa_ray.data.card import DatasetCard, ShardCard, SplitCard, read_card, write_card
 from cosa_ray.data.pictures import decode_indices, decode_rgb
 from cosa_ray.data.remote import cached, fetch, place
 from cosa_ray.data.shard import map_shard
@@ -33,7 +33,9 @@ class Sample:
         try:
             return decode_rgb(self.image)
         except Exception as error:
-            raise UserError(f"image {self.id} cannot be decoded ({error}): check the dataset with `data check`") from None
+            raise UserError(
+                f"image {self.id} cannot be decoded ({error}): check the dataset with `data check`"
+            ) from None
 
     def decode_mask(self) -> np.ndarray:
         """Class indices, uint8 (H, W): 0 background, 1..C, 255 ignored. Raises UserError without a mask."""
@@ -42,7 +44,9 @@ class Sample:
         try:
             return decode_indices(self.mask)
         except Exception as error:
-            raise UserError(f"mask {self.id} cannot be decoded ({error}): check the dataset with `data check`") from None
+            raise UserError(
+                f"mask {self.id} cannot be decoded ({error}): check the dataset with `data check`"
+            ) from None
 
 
 class Split:
@@ -84,15 +88,14 @@ class Split:
             id=name.as_py(),
             image=image.as_py(),
             mask=mask.as_py(),
-            labels=labels.values.to_numpy().astype(np.float32),
+            labels=_numbers(labels.values, np.uint8).astype(np.float32),
             height=height.as_py(),
             width=width.as_py(),
         )
 
     def labels(self) -> np.ndarray:
         """Image-level labels of the whole split, float32 (N, C), without touching an image."""
-        parts = [chunk.flatten().to_numpy() for chunk in self._chunks("labels")]
-        flat = np.concatenate(parts) if parts else np.zeros(0, np.uint8)
+        flat = _joined([chunk.flatten() for chunk in self._chunks("labels")], np.uint8)
         return flat.reshape(len(self), self.num_classes).astype(np.float32)
 
     def ids(self) -> list[str]:
@@ -101,10 +104,7 @@ class Split:
 
     def shapes(self) -> np.ndarray:
         """Height and width of every image, int64 (N, 2)."""
-        columns = [
-            np.concatenate([np.zeros(0, np.int64), *(chunk.to_numpy() for chunk in self._chunks(key))])
-            for key in ("height", "width")
-        ]
+        columns = [_joined(self._chunks(key), np.int32) for key in ("height", "width")]
         return np.stack(columns, axis=1).astype(np.int64)
 
     def _chunks(self, key: str) -> list[Any]:
@@ -115,6 +115,17 @@ class Split:
             card = self.card.shards[shard]
             self._tables[shard] = map_shard(self.folder / card.file, card, self.num_classes)
         return self._tables[shard]
+
+
+def _numbers(array: Any, kind: type[np.generic]) -> np.ndarray:
+    """The values of an Arrow array without nulls, not copied. Its own to_numpy imports pandas: seconds a process."""
+    if not len(array):
+        return np.zeros(0, kind)
+    return np.frombuffer(array.buffers()[1], kind)[array.offset : array.offset + len(array)]
+
+
+def _joined(arrays: list[Any], kind: type[np.generic]) -> np.ndarray:
+    return np.concatenate([np.zeros(0, kind), *(_numbers(array, kind) for array in arrays)])
 
 
 class Dataset:
@@ -143,33 +154,44 @@ class Dataset:
         return Split(self.folder, name, self.card.splits[name], self.classes)
 
 
-def open_dataset(uri: str) -> Dataset:
-    """Open a dataset folder or URI; a remote one is copied once a node, and its copy used when the remote is away.
+def locate_dataset(uri: str) -> tuple[Path, DatasetCard]:
+    """Folder on this machine and card of a dataset; a remote one is copied once a node.
 
-    Reads the card and the sizes of the shards only. Raises UserError when there is no dataset, it is of another format
-    version, or a shard is missing or cut short.
+    When the remote cannot be reached, the newest copy of this node serves. Raises UserError when there is no dataset.
     """
     where = place(uri)
     if where.local is not None:
-        card, folder = read_card(where), where.local
-    else:
-        try:
-            card = read_card(where)
-        except OSError as error:
-            copy = cached(uri)
-            if copy is None:
-                raise UserError(f"cannot read {uri} ({error}): check the address and the network") from None
-            card, folder = read_card(place(copy)), copy
-        else:
-            files = {shard.file: shard.sha256 for split in card.splits.values() for shard in split.shards}
-            folder = fetch(uri, files)
-            if not (folder / CARD).exists():
-                place(folder / CARD).write(where.child(CARD).read())
+        return where.local, read_card(where)
+    try:
+        card = read_card(where)
+    except OSError as error:
+        copy = cached(uri)
+        if copy is None:
+            raise UserError(f"cannot read {uri} ({error}): check the address and the network") from None
+        return copy, read_card(place(copy))
+    files = {shard.file: shard.sha256 for split in card.splits.values() for shard in split.shards}
+    folder = fetch(uri, files)
+    write_card(card, place(folder))  # after the shards, as everywhere; the card itself may change without them
+    return folder, card
+
+
+def open_dataset(uri: str) -> Dataset:
+    """Open a dataset folder or URI; reads the card and the sizes of the shards only.
+
+    Raises UserError when there is no dataset, it is of another format version, or a shard is missing or cut short.
+    """
+    folder, card = locate_dataset(uri)
     for split in card.splits.values():
         for shard in split.shards:
-            path = folder / shard.file
-            size = path.stat().st_size if path.exists() else None
-            if size != shard.bytes:
-                found = "missing" if size is None else f"{size} bytes long instead of {shard.bytes}"
-                raise UserError(f"shard {path} is {found}: copy the dataset again, or import it again")
+            if damage := wrong_size(folder, shard):
+                raise UserError(f"{damage}: copy the dataset again, or import it again")
     return Dataset(folder, card, uri)
+
+
+def wrong_size(folder: Path, shard: ShardCard) -> str | None:
+    """What is wrong with a shard's file at first sight, None when nothing is."""
+    path = folder / shard.file
+    if not path.exists():
+        return f"shard {path} is missing"
+    size = path.stat().st_size
+    return None if size == shard.bytes else f"shard {path} is {size} bytes long instead of {shard.bytes}"

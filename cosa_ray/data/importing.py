@@ -125,8 +125,10 @@ def write_dataset(
                 progress(Progress(done, total, aside))
         splits = {split: _merged(split, reports, len(source.classes)) for split in sizes}
         if not any(split.images for split in splits.values()):
-            first = next((item for split in splits.values() for item in split.put_aside), None)
-            why = f"; the first, {first.id}: {first.reason}" if first else ""
+            reasons = [
+                f"; the first, {item.id}: {item.reason}" for split in splits.values() for item in split.put_aside
+            ]
+            why = reasons[0] if reasons else ""
             raise UserError(f"none of the {total} images of {source.uri or source.kind} could be used{why}")
         card = DatasetCard(
             classes=source.classes,
@@ -155,7 +157,7 @@ def _plan(source: Source, shard_images: int) -> dict[str, Any]:
         names[split] = f"{len(samples)} {digest.hexdigest()[:16]}"
     plan = {
         "kind": source.kind,
-        "source": source.uri,
+        "source": None if source.uri is None else place(source.uri).path,  # however it was written
         "options": dict(source.options),
         "classes": source.classes,
         "labels": source.labels_from,
@@ -316,7 +318,9 @@ def _run(jobs: Iterator[_Job], local: bool) -> Iterator[tuple[_Job, SplitCard]]:
         try:
             report = _import_shard(job)
         except OSError as error:
-            raise RunFailed(f"shard {job.name} could not be written ({error}); run the import again to go on") from error
+            raise RunFailed(
+                f"shard {job.name} could not be written ({error}); run the import again to go on"
+            ) from error
         yield job, report
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.forkserver import ensure_running
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -39,7 +40,7 @@ class TrainingBatch(NamedTuple):
 class EvaluationBatch(NamedTuple):
     """Images resized to uint8 (B, 3, S, S), with labels (B, C) and masks and shapes (H, W) of the original size."""
 
-    index: list[int]
+    index: list[int]  # type: ignore[assignment]  # tuple.index goes unused
     ids: list[str]
     images: torch.Tensor
     labels: torch.Tensor
@@ -146,7 +147,7 @@ def training_batches(
 def evaluation_batches(
     split: Split, indices: Sequence[int], *, size: int, batch_size: int, processes: int = 0
 ) -> Iterator[EvaluationBatch]:
-    """The samples `indices` of the split, in order, resized to size x size (bilinear); the last batch may be smaller."""
+    """The samples `indices` of the split, in order, resized to size x size; the last batch may be smaller."""
     count = -(-len(indices) // batch_size)
     return _batches(_Made(_EvaluationPart(split, indices, size, batch_size), count), min(processes, count))
 
@@ -158,6 +159,7 @@ def _batches(made: _Made[Batch], processes: int) -> Iterator[Batch]:
         # Not spawn: each child would import torch anew, where the fork server has done it once for all.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
+        ensure_running()  # its imports take seconds; meanwhile the caller builds its network
     loader: DataLoader = DataLoader(
         made,
         batch_size=None,
@@ -170,6 +172,10 @@ def _batches(made: _Made[Batch], processes: int) -> Iterator[Batch]:
         # A generator of its own: DataLoader draws a seed, and must not take it from the training's random state.
         generator=torch.Generator(),
     )
+    return _until_closed(loader)
+
+
+def _until_closed(loader: DataLoader) -> Iterator[Any]:
     batches = iter(loader)
     try:
         for batch in batches:

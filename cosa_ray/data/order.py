@@ -35,9 +35,9 @@ def batch_indices(seed: int, step: int, batch_size: int, size: int) -> np.ndarra
     places = step * batch_size + np.arange(batch_size, dtype=np.int64)
     epochs, within = np.divmod(places, size)
     indices = np.empty(batch_size, np.int64)
-    for epoch in np.unique(epochs):
+    for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
         here = epochs == epoch
-        indices[here] = _permutation(seed, int(epoch), size)[within[here]]
+        indices[here] = _permutation(seed, epoch, size)[within[here]]
     return indices
 
 

@@ -112,7 +112,7 @@ class _Writer:
         self._part = None if local is None else local.with_name(f".{local.name}.{os.getpid()}.part")
         self._stream: IO[bytes] | Any
         if self._part is not None:
-            self._stream = open(self._part, "wb")  # noqa: SIM115 - closed in __exit__
+            self._stream = open(self._part, "wb")
         else:
             self._stream = self._target.filesystem.open_output_stream(self._target.path)
         return self
@@ -258,4 +258,3 @@ def _copy(origin: Place, target: Path, promised: str | None) -> None:
             raise UserError(
                 f"{origin.uri} does not have the checksum its card says: it is damaged or half written, import it again"
             )
-

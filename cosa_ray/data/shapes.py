@@ -26,11 +26,13 @@ _ALONE = 0.06  # share of coexist images with a patch and no object on it
 _VISIBLE = 0.65  # share of an object that later ones must leave visible
 
 
-def shapes_source(*, variant: str = "plain", train: int = 2000, val: int = 200, size: int = 96, seed: int = 0) -> Source:
+def shapes_source(
+    *, variant: str = "plain", train: int = 2000, val: int = 200, size: int = 96, seed: int = 0
+) -> Source:
     """Generated pictures, `size` pixels square, with 1 to 3 objects of 5 classes each.
 
-    `plain`: backgrounds tell nothing. `coexist`: disc, triangle and star mostly stand on a patch of their own (as trains
-    do on rails), which is background in the mask. Each picture depends on (seed, split, index) only. Ours.
+    `plain`: backgrounds tell nothing. `coexist`: disc, triangle and star mostly stand on a patch of their own (as
+    trains do on rails), which is background in the mask. Each picture depends on (seed, split, index) only. Ours.
     """
     if variant not in VARIANTS:
         raise UserError(f"there is no variant {variant!r} of shapes: choose {' or '.join(VARIANTS)}")
@@ -75,7 +77,7 @@ class _Draw:
         rng = np.random.Generator(np.random.Philox(key=key, counter=[0, index, 0, 0]))
         pixels, mask = draw_picture(rng, self.size, self.variant)
         out = io.BytesIO()
-        Image.fromarray(pixels).save(out, "JPEG", quality=95, subsampling=0)
+        Image.fromarray(pixels).save(out, "JPEG", quality=92)
         return Row(name, out.getvalue(), encode_indices(mask), classes_in(mask), self.size, self.size)
 
 
@@ -151,7 +153,9 @@ def _coverage(kind: int, centre: np.ndarray, radius: float, angle: float, size: 
     return canvas.reshape(size, _FINE, size, _FINE).mean((1, 3))
 
 
-def _colour(rng: np.random.Generator, hue: float, saturation: tuple[float, float], value: tuple[float, float]) -> np.ndarray:
+def _colour(
+    rng: np.random.Generator, hue: float, saturation: tuple[float, float], value: tuple[float, float]
+) -> np.ndarray:
     return np.array(colorsys.hsv_to_rgb(hue % 1.0, rng.uniform(*saturation), rng.uniform(*value)))
 
 

@@ -22,13 +22,21 @@ class Source:
     palette: Palette
     labels_from: str
     masks_from: str
-    splits: Mapping[str, Sequence[Any]]
+    splits: Mapping[str, Samples]
     reader: Reader
     drop_without_labels: bool = field(default=False, kw_only=True)
 
 
+class Samples(Protocol):
+    """The samples of a split: tuples whose first entry is the name; a list, or something that makes them."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, part: slice, /) -> Sequence[Any]: ...
+
+
 class Reader(Protocol):
-    """Reads one sample; picklable. A split's samples are strings or tuples whose first entry is the name."""
+    """Reads one sample; picklable."""
 
     def __call__(self, sample: Any) -> Row:
         """The stored row of a sample. Raises Broken when it cannot be used."""

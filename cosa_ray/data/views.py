@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
@@ -27,16 +28,27 @@ def _partly(change: Callable[[Image.Image], Image.Image]) -> _Strong:
     return apply
 
 
+# As ImageOps.solarize and ImageOps.posterize, which build their table anew in Python for every image.
+@lru_cache
+def _solarised(threshold: int) -> list[int]:
+    return [value if value < threshold else 255 - value for value in range(256)] * 3
+
+
+@lru_cache
+def _posterised(bits: int) -> list[int]:
+    return [value & ~(2 ** (8 - bits) - 1) for value in range(256)] * 3
+
+
 _OPERATIONS: dict[StrongOperation, _Strong] = {
     "identity": lambda image, m, u: image,
     "autocontrast": _partly(ImageOps.autocontrast),
     "equalise": _partly(ImageOps.equalize),
-    "solarise": lambda image, m, u: ImageOps.solarize(image, round(256 - m * 255 * u)),
+    "solarise": lambda image, m, u: image.point(_solarised(round(256 - m * 255 * u))),
     "colour": lambda image, m, u: ImageEnhance.Color(image).enhance(_factor(m, u)),
     "contrast": lambda image, m, u: ImageEnhance.Contrast(image).enhance(_factor(m, u)),
     "brightness": lambda image, m, u: ImageEnhance.Brightness(image).enhance(_factor(m, u)),
     "sharpness": lambda image, m, u: ImageEnhance.Sharpness(image).enhance(_factor(m, u)),
-    "posterise": lambda image, m, u: ImageOps.posterize(image, 8 - round(4 * m * u)),
+    "posterise": lambda image, m, u: image.point(_posterised(8 - round(4 * m * u))),
 }
 
 
@@ -46,9 +58,7 @@ def _place(length: int, crop: int, u: float) -> tuple[int, int, int]:
     return (free, 0, crop) if length >= crop else (0, free, length)
 
 
-def two_views(
-    image: Image.Image, views: Views, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def two_views(image: Image.Image, views: Views, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Weak and strong view of one random crop, pixel-aligned: uint8 (3, crop, crop) each, and the valid `box`.
 
     `image` is RGB; `box` int64 (4,) is (top, bottom, left, right) of the valid area in crop coordinates, ends excluded.

@@ -73,7 +73,7 @@ class ThresholdSweep:
         """num_classes: K, background included. The grid is k/steps for k = 1..steps-1."""
         # Compared in float32, as the CAMs are: `value >= threshold` has one meaning then.
         self.thresholds = (np.arange(1, steps) / steps).astype(np.float32)
-        infinity = np.float32([np.inf])
+        infinity = np.array([np.inf], np.float32)
         self._edges = torch.from_numpy(np.concatenate([-infinity, self.thresholds, infinity])).to(device)
         self._shape = (num_classes, num_classes - 1, steps)
         self.counts = torch.zeros(self._shape, dtype=torch.int64, device=device)

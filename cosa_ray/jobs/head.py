@@ -65,7 +65,9 @@ def _checked(address: str) -> str:
     except ValueError:
         well_formed = False
     if not well_formed:
-        raise UserError(f"--address {address}: expected http://HOST:PORT of the Ray dashboard, as http://127.0.0.1:8265.")
+        raise UserError(
+            f"--address {address}: expected http://HOST:PORT of the Ray dashboard, as http://127.0.0.1:8265."
+        )
     return url
 
 

@@ -59,9 +59,9 @@ def submit(
     """Check an experiment or sweep file here, send it to the head at `address`, and start it there.
 
     `arguments` are further words of the verb's command line (--name, --resume). Relative paths of the experiment
-    start at `folder` on the cluster (null: the working folder, as on a shared file system). `installed` uses the
-    cluster's own cosa_ray instead of sending this one; `python` is the interpreter there. Raises UserError before anything is sent when the file or
-    the connection is wrong.
+    start at `folder` on the cluster (None: the working folder, as on a shared file system). `installed` uses the
+    cluster's own cosa_ray instead of sending this one; `python` is the interpreter there. Raises UserError before
+    anything is sent when the file or the connection is wrong.
     """
     environment = forwarded_environment(os.environ)
     root = folder or str(Path.cwd())
@@ -147,12 +147,12 @@ def _files(
     verb: Verb, file: str | Path, overrides: Sequence[str], folder: str, tracked: bool
 ) -> tuple[str, dict[str, str]]:
     """The job's file name and the resolved files it needs, by name: overrides, `extends` and `base` are worked in."""
-    path = find_experiment(file)
     if verb == "train":
+        path = find_experiment(file)
         config = load_config(path, overrides)
         refuse_password(config.tracking.uri, "tracking.uri")
         return path.name, {path.name: dump_config(for_cluster(config, folder, tracking_from_environment=tracked))}
-    from cosa_ray.tuning.sweep import check_sweep, dump_sweep, load_sweep
+    from cosa_ray.tuning.sweepfile import check_sweep, dump_sweep, find_sweep, load_sweep
 
     sweep, base = load_sweep(path, overrides)
     check_sweep(sweep, base, str(path))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cosa_ray.method.network import Network, scaled_size
+from cosa_ray.method.network import Network, mixed_precision, scaled_size
 
 EPSILON = 1e-5
 
@@ -54,12 +54,12 @@ def assign(
     seg: Tensor | None = None
     for scale in scales:
         scaled = scaled_size(network, height, width, scale)
-        view = images if scaled == (height, width) else _resize(images, scaled)
+        view = resize(images, scaled)
         batch = torch.cat([view, view.flip(-1)]) if flip else view
-        with torch.autocast(images.device.type, dtype=autocast, enabled=autocast is not None):
+        with mixed_precision(images.device, autocast):
             outputs = network(batch, segment=segment)
         for index, logits in enumerate((outputs.cam, outputs.cam_aux)):
-            fused = _resize(logits.float(), size)
+            fused = resize(logits.float(), size)
             if flip:
                 plain, flipped = fused.chunk(2)
                 fused = torch.maximum(plain, flipped.flip(-1))
@@ -71,10 +71,11 @@ def assign(
             if flip:  # interpolation is linear and symmetric: sum first, resize once
                 plain, flipped = logits.chunk(2)
                 logits = plain + flipped.flip(-1)
-            logits = _resize(logits, size)
+            logits = resize(logits, size)
             seg = logits if seg is None else seg.add_(logits)
     cam, cam_aux = cams
-    assert cam is not None and cam_aux is not None
+    assert cam is not None
+    assert cam_aux is not None
     return Assignment(min_max_(cam), min_max_(cam_aux), seg)
 
 
@@ -90,5 +91,8 @@ def valid_cam(cam: Tensor, labels: Tensor) -> Tensor:
     return cam * labels[:, :, None, None].to(cam.dtype)
 
 
-def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
+def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear resize of maps (B, C, h, w), no antialias, corners not aligned (release); same size: same tensor."""
+    if tuple(maps.shape[-2:]) == size:
+        return maps
     return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)

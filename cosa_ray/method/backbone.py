@@ -6,7 +6,7 @@ import difflib
 import inspect
 import sys
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import timm
@@ -36,13 +36,14 @@ class Taps(NamedTuple):
 class ConvolutionalStem(PatchEmbed):
     """Patch embedding by four 3x3 convolutions, GroupNorm and GELU between them; total stride = patch size (ours).
 
-    From scratch it learns much faster than one linear patch embedding. Strides 2,2,2,1 (patch 8) or 2,2,2,2 (16).
+    From scratch it learns much faster than one linear patch embedding. Widths D/8, D/4, D/2, D as in the stems of
+    Xiao et al. 2021; strides 2,2,2,1 (patch 8) or 2,2,2,2 (16).
     """
 
     def __init__(self, *args: Any, patch_size: int = 16, embed_dim: int = 768, **kwargs: Any) -> None:
         super().__init__(*args, patch_size=patch_size, embed_dim=embed_dim, **kwargs)
         strides = {8: (2, 2, 2, 1), 16: (2, 2, 2, 2)}[int(self.patch_size[0])]
-        widths = (3, max(8, embed_dim // 4), max(8, embed_dim // 2), embed_dim, embed_dim)
+        widths = (3, *(max(8, embed_dim // share) for share in (8, 4, 2)), embed_dim)
         layers: list[nn.Module] = []
         for index, stride in enumerate(strides):
             inner = index < len(strides) - 1
@@ -55,7 +56,7 @@ class ConvolutionalStem(PatchEmbed):
 
 def build_encoder(
     model: Model, weights: Mapping[str, Tensor] | None, image_size: int | None, initialise: bool
-) -> tuple[nn.Module, Taps]:
+) -> tuple[Any, Taps]:
     """The timm model with its head removed, and its two taps.
 
     Args:
@@ -70,7 +71,7 @@ def build_encoder(
     _check_name(model)
     probe = _create(model, {}, meta=True)
     plain = _is_plain(probe)
-    accepted = inspect.signature(type(probe).__init__).parameters
+    accepted = _parameters(type(probe))
     extra: dict[str, Any] = {}
     if "strict_img_size" in accepted:  # Swin: windows and masks follow the input
         extra["strict_img_size"] = False
@@ -90,8 +91,7 @@ def build_encoder(
     if model.stem == "convolutional":
         extra["embed_layer"] = _stem_for(model, probe, plain, accepted)
     taps = _taps(model, probe, plain, image_size)
-    if extra.get("output_stride"):
-        _create(model, extra, meta=True)  # refused here by families that cannot dilate, before any download
+    probe = _create(model, extra, meta=True)  # a family that cannot dilate refuses here, before any download
     fetch = initialise and model.pretrained and model.checkpoint is None
     encoder = _create(model, extra, meta=False, pretrained=fetch)
     if initialise and model.checkpoint is not None and weights is None:
@@ -106,19 +106,21 @@ def build_encoder(
     _strip(encoder, taps)
     if "dynamic_img_size" in extra and hasattr(encoder, "_pos_embed"):
         encoder._pos_embed = types.MethodType(_position_tokens, encoder)
+    if not plain:
+        _freeze_unreached(encoder, probe, taps, image_size or 224)
     positions = getattr(encoder, "pos_embed", None)
     if model.freeze_position_embeddings and model.has_weights and isinstance(positions, nn.Parameter):
         positions.requires_grad_(False)
     return encoder, taps
 
 
-def feature_maps(encoder: nn.Module, images: Tensor, taps: Taps) -> tuple[Tensor, Tensor]:
+def feature_maps(encoder: Any, images: Tensor, taps: Taps) -> tuple[Tensor, Tensor]:
     """(features, aux): the last map after the backbone's own final norm, and the un-normalised earlier one.
 
     Shapes (B, D, h, w) and (B, D_aux, h_aux, w_aux). Backbones whose last map carries no norm of its own (ConvNeXt
     and ResNet normalise after pooling or inside the blocks) give the map as it is.
     """
-    aux, last = encoder.forward_intermediates(  # type: ignore[operator]
+    aux, last = encoder.forward_intermediates(
         images, indices=[taps.aux, taps.last], norm=False, output_fmt="NCHW", intermediates_only=True
     )
     norm = getattr(encoder, "norm", None)
@@ -129,7 +131,7 @@ def feature_maps(encoder: nn.Module, images: Tensor, taps: Taps) -> tuple[Tensor
     return norm(last), aux
 
 
-def load_weights(encoder: nn.Module, weights: Mapping[str, Tensor], where: str) -> None:
+def load_weights(encoder: Any, weights: Mapping[str, Tensor], where: str) -> None:
     """Load a backbone's state dict; keys of the classification head may be left over, nothing may be missing.
 
     Raises:
@@ -143,7 +145,7 @@ def load_weights(encoder: nn.Module, weights: Mapping[str, Tensor], where: str) 
         except (KeyError, RuntimeError, AttributeError, IndexError) as error:
             raise UserError(f"{where} holds no weights of {type(encoder).__name__} ({error}); give its own") from error
     head = encoder.pretrained_cfg.get("classifier") or ()
-    heads = tuple(f"{name}." for name in ((head,) if isinstance(head, str) else head))
+    heads = tuple(name.split(".")[0] + "." for name in ((head,) if isinstance(head, str) else head))
     own = encoder.state_dict()
     missing = sorted(own.keys() - state.keys())
     unexpected = sorted(key for key in state.keys() - own.keys() if not key.startswith(heads))
@@ -242,6 +244,17 @@ def _create(model: Model, extra: dict[str, Any], *, meta: bool, pretrained: bool
         ) from error
 
 
+def _parameters(kind: type) -> set[str]:
+    """Names of a model class's arguments, those it hands on to its parents included."""
+    names: set[str] = set()
+    for layer in kind.__mro__:
+        parameters = inspect.signature(layer.__init__).parameters.values()  # type: ignore[misc]
+        names |= {parameter.name for parameter in parameters}
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            break
+    return names
+
+
 def _is_plain(probe: nn.Module) -> bool:
     """True for a plain ViT: a list of blocks that all work on one grid."""
     return hasattr(probe, "blocks") and len({info["reduction"] for info in _feature_info(probe)}) == 1
@@ -274,7 +287,7 @@ def _taps(model: Model, probe: nn.Module, plain: bool, image_size: int | None) -
     return Taps(aux, count - 1, int(info[aux]["num_chs"]), int(info[-1]["num_chs"]), stride, plain)
 
 
-def _stem_for(model: Model, probe: nn.Module, plain: bool, accepted: Iterable[str]) -> type[ConvolutionalStem]:
+def _stem_for(model: Model, probe: nn.Module, plain: bool, accepted: set[str]) -> type[ConvolutionalStem]:
     if not plain or "embed_layer" not in accepted:
         raise UserError(f"model.stem convolutional needs a plain ViT; {model.backbone} is not one: set it to patch")
     if model.has_weights:
@@ -285,18 +298,51 @@ def _stem_for(model: Model, probe: nn.Module, plain: bool, accepted: Iterable[st
     return ConvolutionalStem
 
 
-def _strip(encoder: nn.Module, taps: Taps) -> None:
+def _strip(encoder: Any, taps: Taps) -> None:
     """Remove what the two maps do not pass through, so that every parameter left receives a gradient (DDP)."""
     norm = getattr(encoder, "norm", None)
     pooled = getattr(encoder, "fc_norm", None)
     if isinstance(norm, nn.Identity) and isinstance(pooled, nn.Module) and not isinstance(pooled, nn.Identity):
         norm = pooled  # average-pooled ViTs keep their final norm behind the pooling
     keep = isinstance(norm, nn.Module) and not isinstance(norm, nn.Identity | nn.ModuleList)
-    encoder.prune_intermediate_layers([taps.aux, taps.last], prune_norm=not keep, prune_head=True)  # type: ignore[operator]
+    encoder.prune_intermediate_layers([taps.aux, taps.last], prune_norm=not keep, prune_head=True)
     if keep:
         encoder.norm = norm
     if getattr(encoder, "attn_pool", None) is not None:
         encoder.attn_pool = None
+
+
+def _freeze_unreached(encoder: nn.Module, probe: nn.Module, taps: Taps, size: int) -> None:
+    """Freeze parameters that neither map depends on (HRNet's other branches), because DDP waits for every gradient.
+
+    They are found by walking the graph of a forward pass of `probe`, the same model without data.
+    """
+    _strip(probe, taps)
+    probe.eval()
+    try:
+        maps = feature_maps(probe, torch.empty(1, 3, size, size, device="meta"), taps)
+    except NotImplementedError:
+        return  # an operation that cannot be traced without data; DDP will name what is unused
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"model.backbone: {type(encoder).__name__} gives no feature maps for images of {size} pixels "
+            f"({str(error).splitlines()[0][:200]}); choose another size or backbone"
+        ) from error
+    reached: set[int] = set()
+    seen: set[Any] = set()
+    pending = [node.grad_fn for node in maps]
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            reached.add(id(node.variable))
+        pending += [parent for parent, _ in node.next_functions]
+    unreached = {name for name, parameter in probe.named_parameters() if id(parameter) not in reached}
+    for name, parameter in encoder.named_parameters():
+        if name in unreached:
+            parameter.requires_grad_(False)
 
 
 def _channels_last(norm: nn.Module) -> bool:

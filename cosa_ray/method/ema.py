@@ -15,12 +15,13 @@ def ema_update(assignment: nn.Module, online: nn.Module, momentum: float, finite
         momentum: m.
         finite: 0-dim tensor on their device; where it is 0 the assignment network stays as it is. None is 1.
     """
-    theirs, ours = list(assignment.parameters()), list(online.parameters())
+    theirs: list[Tensor] = list(assignment.parameters())
+    ours: list[Tensor] = list(online.parameters())
     if finite is None:
         torch._foreach_lerp_(theirs, ours, 1.0 - momentum)
     else:  # skipped without asking the host: a step of weight 0
         weight = (1.0 - momentum) * (finite != 0).to(theirs[0].dtype)
-        change = torch._foreach_sub(ours, theirs)
+        change = list(torch._foreach_sub(ours, theirs))
         torch._foreach_mul_(change, weight)
         torch._foreach_add_(theirs, change)
     for mine, source in zip(assignment.buffers(), online.buffers(), strict=True):

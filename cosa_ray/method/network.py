@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -83,6 +84,12 @@ class Network(nn.Module):
         """Sides of an input must be a multiple of this many pixels (patch size; 4 for stage networks' stems)."""
         return self.stride if self.taps.plain else 4
 
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """(h, w) of the last map for an input of this many pixels."""
+        if self.taps.plain:
+            return height // self.stride, width // self.stride
+        return -(-height // self.stride), -(-width // self.stride)
+
     @property
     def classification(self) -> ClassificationView:
         """A module over encoder and classifiers only, sharing them: what DDP wraps during warm-up."""
@@ -126,7 +133,7 @@ class Network(nn.Module):
         groups: list[tuple[str, list[nn.Parameter], float]] = [
             ("encoder", [p for p in encoder if id(p) not in norms], optimiser.lr),
             ("encoder_norm", [p for p in encoder if id(p) in norms], optimiser.lr),
-            ("classifiers", [self.classifier.weight, self.aux_classifier.weight], head_lr),
+            ("classifiers", [*self.classifier.parameters(), *self.aux_classifier.parameters()], head_lr),
             ("decoder", list(self.decoder_parameters()), head_lr),
         ]
         return [
@@ -180,6 +187,11 @@ def build_network(
     """
     encoder, taps = build_encoder(model, weights, image_size, initialise)
     return Network(encoder, taps, model, num_classes)
+
+
+def mixed_precision(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[object]:
+    """Autocast of the forward passes inside; None is float32 throughout."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
 def scaled_size(network: Network, height: int, width: int, scale: float) -> tuple[int, int]:

@@ -19,12 +19,12 @@ _REGULARISATION = 1e-6  # added to variances, as scikit-learn does
 class Proposal(NamedTuple):
     """What a step would make of the thresholds; `commit` takes it over, or not.
 
-    values (2, T) for the main and the auxiliary CAM; ring (2, N, bins); count () batches seen; steps (2,) EM steps.
+    values (2, T) for the main and the auxiliary CAM; ring (2, N, bins); seen () batches so far; steps (2,) EM steps.
     """
 
     values: Tensor
     ring: Tensor
-    count: Tensor
+    seen: Tensor
     steps: Tensor
 
 
@@ -51,14 +51,14 @@ class DynamicThresholds:
         two = labels.policy == "two_threshold"
         self.names: tuple[str, ...] = ("low", "high") if two else ("background",)
         if two:
-            aux = (labels.low if labels.low_aux is None else labels.low_aux,)
-            aux += (labels.high if labels.high_aux is None else labels.high_aux,)
-            start = [[labels.low, labels.high], list(aux)]
+            low_aux = labels.low if labels.low_aux is None else labels.low_aux
+            high_aux = labels.high if labels.high_aux is None else labels.high_aux
+            start = [[labels.low, labels.high], [low_aux, high_aux]]
         else:
             start = [[labels.threshold], [labels.threshold]]
         self.current = torch.tensor(start, device=device)
         self.ring = torch.zeros(2, dynamic.batches, dynamic.bins, dtype=torch.int64, device=device)
-        self.count = torch.zeros((), dtype=torch.int64, device=device)
+        self.seen = torch.zeros((), dtype=torch.int64, device=device)
 
     @property
     def values(self) -> dict[str, Tensor]:
@@ -86,27 +86,27 @@ class DynamicThresholds:
         Args:
             move: False fills the ring only (the end of warm-up) and keeps the thresholds.
         """
-        slot = torch.remainder(self.count, self.dynamic.batches)
+        slot = torch.remainder(self.seen, self.dynamic.batches)
         here = torch.arange(self.dynamic.batches, device=self.ring.device) == slot
         ring = torch.where(here[None, :, None], histograms[:, None], self.ring)
         if not move:
             none = torch.zeros(2, dtype=torch.int64, device=ring.device)
-            return Proposal(self.current, ring, self.count + 1, none)
+            return Proposal(self.current, ring, self.seen + 1, none)
         fit = fit_mixture(ring.sum(1), len(self.names) + 1, self.dynamic)
         momentum, (low, high) = self.dynamic.momentum, self.dynamic.bounds
         moved = (momentum * self.current + (1 - momentum) * fit.boundaries.float()).clamp(low, high)
-        return Proposal(torch.where(fit.valid[:, None], moved, self.current), ring, self.count + 1, fit.steps)
+        return Proposal(torch.where(fit.valid[:, None], moved, self.current), ring, self.seen + 1, fit.steps)
 
     def commit(self, proposal: Proposal, finite: Tensor) -> None:
         """Take a proposal over where `finite` (0-dim) is not 0."""
         keep = finite != 0
         self.current = torch.where(keep, proposal.values, self.current)
         self.ring = torch.where(keep, proposal.ring, self.ring)
-        self.count = torch.where(keep, proposal.count, self.count)
+        self.seen = torch.where(keep, proposal.seen, self.seen)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Tensors for a checkpoint: values, ring, count."""
-        return {"values": self.current, "ring": self.ring, "count": self.count}
+        """Tensors for a checkpoint: values, ring, seen."""
+        return {"values": self.current, "ring": self.ring, "seen": self.seen}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a checkpoint's tensors; ValueError when they belong to another policy, ring or binning."""
@@ -116,7 +116,7 @@ class DynamicThresholds:
         device = self.current.device
         self.current = state["values"].to(device, torch.float32, copy=True)
         self.ring = state["ring"].to(device, torch.int64, copy=True)
-        self.count = state["count"].to(device, torch.int64, copy=True)
+        self.seen = state["seen"].to(device, torch.int64, copy=True)
 
 
 def named(names: Sequence[str], values: Tensor) -> dict[str, Tensor]:

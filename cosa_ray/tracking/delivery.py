@@ -13,6 +13,7 @@ import posixpath
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,7 @@ class ParentMissing(Exception):
 
 
 class Delivery:
-    """The connection of one run to MLflow; used by one thread at a time. `send` raises when it should be tried again."""
+    """One run's connection to MLflow, used by one thread at a time; `send` raises when it should be tried again."""
 
     def __init__(self, tracking: Tracking) -> None:
         self.run_id: str | None = None
@@ -50,6 +51,7 @@ class Delivery:
         self._reached: dict[str, dict[str, int]] = {}
         self._session: dict[str, str] = {}
         self._lane = ""
+        self._knows_images = True
         self._deleted = False
         self._warned: set[str] = set()
 
@@ -82,11 +84,7 @@ class Delivery:
             run = client.get_run(run_id)
             self._params = dict(run.data.params)
             self._floor = {metric.key: metric.step for metric in run.to_proto().data.metrics}
-            if run.data.tags.get("mlflow.loggedImages"):
-                for file in client.list_artifacts(run_id, "images"):
-                    if match := _IMAGE.match(file.path):
-                        key, step = f"image:{match['key']}", int(match["step"])
-                        self._floor[key] = max(step, self._floor.get(key, step))
+            self._knows_images = False
         self._client, self.run_id = client, run_id
 
     def _parent(self, client: MlflowClient, experiment: str) -> str | None:
@@ -121,7 +119,11 @@ class Delivery:
         def log_them() -> None:
             self._client.log_batch(self.run_id, metrics=points)
 
-        if not self._accepted(log_them, points[0].key if len(points) == 1 else None) and len(points) > 1 and not self._deleted:
+        if (
+            not self._accepted(log_them, points[0].key if len(points) == 1 else None)
+            and len(points) > 1
+            and not self._deleted
+        ):
             middle = len(points) // 2
             self._send_points(points[:middle])
             self._send_points(points[middle:])
@@ -134,7 +136,7 @@ class Delivery:
         new = [Param(key, value) for key, value in wanted.items() if key not in self._params]
         for start in range(0, len(new), _PAIRS_A_REQUEST):
             chunk = new[start : start + _PAIRS_A_REQUEST]
-            self._accepted(lambda chunk=chunk: self._client.log_batch(self.run_id, params=chunk), "parameters")
+            self._accepted(partial(self._client.log_batch, self.run_id, params=chunk), "parameters")
         self._params.update({param.key: param.value for param in new})
         if changed:
             # MLflow never changes a parameter; what a resumed run changed is kept as tags.
@@ -148,14 +150,15 @@ class Delivery:
         tags = [RunTag(key, value) for key, value in values.items()]
         for start in range(0, len(tags), _PAIRS_A_REQUEST):
             chunk = tags[start : start + _PAIRS_A_REQUEST]
-            self._accepted(lambda chunk=chunk: self._client.log_batch(self.run_id, tags=chunk), "tags")
+            self._accepted(partial(self._client.log_batch, self.run_id, tags=chunk), "tags")
 
     def _send_dataset(self, records: list[Record]) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         inputs = [
             DatasetInput(
-                Dataset(**record["dataset"]), [InputTag("mlflow.data.context", record["context"])] # type: ignore[list-item]
+                Dataset(**record["dataset"]),
+                [InputTag("mlflow.data.context", record["context"])],
             )
             for record in records
         ]
@@ -164,19 +167,27 @@ class Delivery:
     def _send_status(self, records: list[Record]) -> None:
         for record in records:
             if record["status"] == "RUNNING":
-                self._accepted(lambda: self._client.update_run(self.run_id, status="RUNNING"), "status")
+                change = partial(self._client.update_run, self.run_id, status="RUNNING")
             else:
-                self._accepted(
-                    lambda record=record: self._client.set_terminated(self.run_id, record["status"], record["time"]),
-                    "status",
-                )
+                change = partial(self._client.set_terminated, self.run_id, record["status"], record["time"])
+            self._accepted(change, "status")
 
     def _send_artifact(self, records: list[Record]) -> None:
+        if not self._knows_images:
+            # Not when the run is opened: an artifact store that is down must not hold up the metrics.
+            self._find_images()
         for record in records:
             if "image" in record and not self._is_new(f"image:{record['image']}", record["step"]):
                 continue
             for path, data in record["files"].items():
                 self._upload(path, base64.b64decode(data))
+
+    def _find_images(self) -> None:
+        for file in self._client.list_artifacts(self.run_id, "images"):
+            if match := _IMAGE.match(file.path):
+                key, step = f"image:{match['key']}", int(match["step"])
+                self._floor[key] = max(step, self._floor.get(key, step))
+        self._knows_images = True
 
     def _upload(self, path: str, data: bytes) -> None:
         folder, name = posixpath.split(path)

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 from cosa_ray.config.schema import Config
 from cosa_ray.errors import UserError
-from cosa_ray.tracking.describe import RunDescription, describe
+from cosa_ray.tracking.describe import RunDescription, describe, without_credentials
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -141,15 +141,6 @@ def sqlite_path(uri: str) -> Path | None:
     return Path(name).expanduser().absolute() if name and name != ":memory:" else None
 
 
-def without_credentials(uri: str) -> str:
-    """The URI without user, password and query."""
-    try:
-        parts = urlsplit(uri)
-    except ValueError:
-        return uri.rpartition("@")[2]
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", "")) if parts.netloc else uri
-
-
 def open_store(
     config: Config,
     *,
@@ -207,7 +198,9 @@ def _explain(store: Store, path: Path | None, error: Exception) -> None:
             f"back it up and run `mlflow db upgrade {store.shown}`, or set tracking.uri to another store"
         ) from None
     if path is not None:
-        raise UserError(f"the MLflow store {path} cannot be opened ({first}); set tracking.uri to another one") from None
+        raise UserError(
+            f"the MLflow store {path} cannot be opened ({first}); set tracking.uri to another one"
+        ) from None
     status = getattr(error, "get_http_status_code", lambda: 500)()
     if "API request to endpoint" in message and status in (401, 403):
         raise UserError(

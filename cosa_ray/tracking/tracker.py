@@ -11,13 +11,13 @@ import re
 import threading
 import time
 import uuid
-from collections import deque
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cosa_ray.tracking.delivery import Delivery
-from cosa_ray.tracking.describe import RunDescription
-from cosa_ray.tracking.spool import Record, Spool, session_of
+from cosa_ray.tracking.describe import RunDescription, environment
+from cosa_ray.tracking.lane import Lane
+from cosa_ray.tracking.spool import Record, Spool
 from cosa_ray.tracking.store import Tracking
 
 if TYPE_CHECKING:
@@ -32,49 +32,8 @@ THUMBNAIL = 256
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
-class AnyTracker(Protocol):
-    """What the loop needs of a tracker."""
-
-    @property
-    def run_id(self) -> str | None:
-        """MLflow's id of the run; None until the server has answered, and without tracking."""
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Log metrics at a step."""
-
-    def log_params(self, params: Mapping[str, str]) -> None:
-        """Log parameters."""
-
-    def set_tags(self, tags: Mapping[str, str]) -> None:
-        """Set tags."""
-
-    def describe(self, description: RunDescription) -> None:
-        """Log what the run is: parameters, tags, artifacts, datasets."""
-
-    def log_image(self, key: str, image: Image, step: int) -> None:
-        """Log a picture at a step, shown by MLflow as a series under its key."""
-
-    def log_figure(self, path: str, figure: Figure) -> None:
-        """Log a matplotlib figure as an artifact; the path's ending gives the format."""
-
-    def log_text(self, path: str, text: str) -> None:
-        """Log a text file as an artifact."""
-
-    def log_dict(self, path: str, value: Mapping[str, Any]) -> None:
-        """Log a JSON file as an artifact."""
-
-    def log_bytes(self, path: str, data: bytes) -> None:
-        """Log a file as an artifact."""
-
-    def flush(self, timeout: float = 1.0) -> bool:
-        """Return once everything logged so far is delivered or on the spool; False when neither was possible."""
-
-    def finish(self, status: str, timeout: float = 15.0) -> None:
-        """End the run as FINISHED, FAILED or KILLED; what is not delivered in time stays on the spool."""
-
-
 class NoTracker:
-    """Tracks nothing (`--no-track`, and every rank but 0)."""
+    """A tracker that tracks nothing (`--no-track`, and every rank but 0)."""
 
     run_id: str | None = None
 
@@ -93,20 +52,21 @@ class NoTracker:
     def finish(self, status: str, timeout: float = 15.0) -> None: ...
 
 
-def open_tracker(tracking: Tracking | None) -> AnyTracker:
-    """The run's tracker, started, with its description logged; one that does nothing for None."""
+def open_tracker(tracking: Tracking | None) -> Tracker | NoTracker:
+    """The run's tracker, started, with its description and this process's environment logged; for None, none."""
     if tracking is None:
         return NoTracker()
     tracker = Tracker(tracking)
     if tracking.description is not None:
         tracker.describe(tracking.description)
+        tracker.log_dict("environment.json", environment())
     return tracker
 
 
 def deliver(tracking: Tracking, timeout: float = 60.0) -> bool:
     """Deliver what a run that has ended left on its spool, without changing its state; True when nothing is left."""
     delivery, spool = Delivery(tracking), Spool(tracking.spool)
-    lanes = [_Lane(name, "", spool) for name in (METRICS, ARTIFACTS)]
+    lanes = [Lane(name, "", spool) for name in (METRICS, ARTIFACTS)]
     deadline, pause = time.monotonic() + timeout, RETRY_SECONDS[0]
     while True:
         try:
@@ -120,64 +80,6 @@ def deliver(tracking: Tracking, timeout: float = 60.0) -> bool:
                 return False
         time.sleep(pause)
         pause = min(2 * pause, RETRY_SECONDS[1])
-
-
-class _Lane:
-    """Records of one kind in order: first the segments on the spool, then those in memory."""
-
-    def __init__(self, name: str, session: str, spool: Spool) -> None:
-        self.name = name
-        self._session = session
-        self._spool = spool
-        self._lock = threading.Lock()
-        self._segments: list[str] = []
-        self._memory: deque[Record] = deque()
-
-    def add(self, record: Record) -> None:
-        with self._lock:
-            self._memory.append(record)
-
-    @property
-    def in_memory(self) -> int:
-        return len(self._memory)
-
-    @property
-    def empty(self) -> bool:
-        return not self._memory and not self._segments
-
-    def take_over(self) -> None:
-        """Put what earlier sessions left before one's own."""
-        with self._lock:
-            self._segments = self._spool.segments(self.name)
-
-    def spill(self) -> None:
-        """Move everything in memory to the spool."""
-        with self._lock:
-            if self._memory:
-                self._segments.append(self._spool.write(self._session, self.name, self._memory))
-                self._memory.clear()
-
-    def deliver(self, delivery: Delivery) -> None:
-        """Send everything, oldest first; raises when the server is away, with nothing lost."""
-        while True:
-            # One look decides, or records spilled in between would be overtaken by younger ones in memory.
-            with self._lock:
-                segment = self._segments[0] if self._segments else None
-                batch = list(self._memory) if segment is None else []
-            if segment is not None:
-                delivery.send(self._spool.read(segment), self.name, session_of(segment))
-                self._spool.remove(segment)
-                with self._lock:
-                    self._segments.remove(segment)
-            elif batch:
-                delivery.send(batch, self.name, self._session)
-                with self._lock:
-                    # Unless a flush has spilled the batch meanwhile; sending it again later changes nothing.
-                    if self._memory and self._memory[0] is batch[0]:
-                        for _ in batch:
-                            self._memory.popleft()
-            else:
-                return
 
 
 def _never_raises(method: _Method) -> _Method:
@@ -195,7 +97,7 @@ def _never_raises(method: _Method) -> _Method:
 
 
 class Tracker:
-    """Logs one run through a background thread; the methods are those of `AnyTracker`.
+    """Logs one run through a background thread.
 
     Restarting a run under the same name reattaches to its MLflow run and sets it RUNNING. Whatever an earlier session
     left on the spool goes first; points the earlier session has already are not logged twice.
@@ -205,7 +107,7 @@ class Tracker:
         self._tracking = tracking
         self._spool = Spool(tracking.spool)
         session = uuid.uuid4().hex[:8]
-        self._lanes = {name: _Lane(name, session, self._spool) for name in (METRICS, ARTIFACTS)}
+        self._lanes = {name: Lane(name, session, self._spool) for name in (METRICS, ARTIFACTS)}
         self._delivery = Delivery(tracking)
         self._warned: set[str] = set()
         self._wake = threading.Condition()
@@ -255,7 +157,10 @@ class Tracker:
         name = f"images/{key}+step+{step}+timestamp+{time.time_ns() // 1_000_000}+{uuid.uuid4()}"
         small = image.copy()
         small.thumbnail((THUMBNAIL, THUMBNAIL))
-        files = {f"{name}.png": _encoded(image, "PNG", compress_level=3), f"{name}+compressed.webp": _encoded(small, "WEBP")}
+        files = {
+            f"{name}.png": _encoded(image, "PNG", compress_level=3),
+            f"{name}+compressed.webp": _encoded(small, "WEBP"),
+        }
         self._add(ARTIFACTS, {"kind": "artifact", "image": key, "step": int(step), "files": files})
         if "image tag" not in self._warned:
             self._warned.add("image tag")
@@ -305,7 +210,7 @@ class Tracker:
 
     @_never_raises
     def finish(self, status: str, timeout: float = 15.0) -> None:
-        """End the run as FINISHED, FAILED or KILLED; what is not delivered within `timeout` seconds stays on the spool."""
+        """End the run as FINISHED, FAILED or KILLED; what is not delivered in `timeout` seconds stays on the spool."""
         if self._closed:
             return
         self._add(METRICS, {"kind": "status", "status": status})

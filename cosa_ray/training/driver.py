@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from cosa_ray.config.load import apply_overrides
 from cosa_ray.config.schema import Config
 from cosa_ray.errors import RunFailed, UserError
 from cosa_ray.training.loop import Job, Outcome, run_worker
-from cosa_ray.training.runs import Run, create_run, find_run, read_run, resume_run
+from cosa_ray.training.runs import Run, check_free, check_name, create_run, find_run, read_run, resume_run
 from cosa_ray.training.session import LocalSession, Progress, RaySession, start_monitor
 
 log = logging.getLogger(__name__)
@@ -69,23 +69,26 @@ def train(
     end the run as `stopped`. Raises UserError before anything expensive when something is wrong, RunFailed when the
     run did not end well.
     """
-    name = name or time.strftime("run-%Y%m%d-%H%M%S")
+    name = check_name(name or time.strftime("run-%Y%m%d-%H%M%S"))
     if local and config.workers > 1:
         raise UserError(f"--local is one process, but workers is {config.workers}; add --set workers=1.")
     config = resolve(config, track)
-    preflight(config, initialise=not resume and config.init_from is None)
-    run = open_run(config, name, resume)
-    if run.record.state == "finished":
+    run = resume_run(name, config) if resume else None
+    if run is None:
+        check_free(name, config)
+    elif run.record.state == "finished":
         log.warning("run %s is finished already; nothing to do", name)
-        return conclude(run, Job(name, run.folder.uri, config, None), Outcome("finished", _last_step(run)))
+        return summary(run, Outcome("finished", _last_step(run)))
+    preflight(config, initialise=not resume and config.init_from is None)
     show = show or (lambda progress: log.info("%s", progress.line()))
-    job = make_job(config, run, track=track)
     with catch_stop() as stop:
         if local:
-            outcome = run_worker(job, LocalSession(show, stop))
-            result = conclude(run, job, outcome)
+            run, job = prepare(config, name, run, track=track)
+            result = conclude(run, job, run_worker(job, LocalSession(show, stop)))
         else:
-            result = _train_on_ray(job, run, stop, show)
+            with ray_cluster():
+                run, job = prepare(config, name, run, track=track)
+                result = conclude(run, job, _fit_and_show(job, stop, show))
     if result.state in ("failed", "diverged"):
         raise RunFailed(f"run {name} {result.state} at step {result.step}: {result.cause} (folder {result.folder}).")
     return result
@@ -126,43 +129,49 @@ def preflight(config: Config, *, initialise: bool = True) -> None:
     TrainState(config, dataset.num_classes, torch.device("cpu"), initialise=initialise)
 
 
-def open_run(config: Config, name: str, resume: bool) -> Run:
-    """The run's folder: a new one, or with `resume` the one that is there."""
-    from cosa_ray.data.dataset import open_dataset
-    from cosa_ray.evaluation.evaluate import best_metric, metric_prefix
-
-    if resume:
-        return resume_run(name, config)
-    images = len(open_dataset(config.data.dataset).split(config.data.val_split))
-    return create_run(name, config, best_metric(config, metric_prefix(config, images)))
-
-
-def make_job(
+def prepare(
     config: Config,
-    run: Run,
+    name: str,
+    run: Run | None = None,
     *,
     track: bool = True,
     parent_run_id: str | None = None,
-    tags: dict[str, str] | None = None,
-) -> Job:
-    """The job its workers are handed; opens the tracking store, so that no worker has to create it."""
+    parent: str | None = None,
+    tags: Mapping[str, str] | None = None,
+) -> tuple[Run, Job]:
+    """Check what the cluster offers, open the tracking store, and make the run's folder (unless `run` is continued).
+
+    `config` is resolved and preflighted. A sweep names its parent run. Raises UserError, with nothing left behind.
+    """
+    import sys
+
+    nodes = 1
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+        ray = sys.modules["ray"]
+        nodes = sum(node["Alive"] for node in ray.nodes())
+        cpus_per_worker(config, ray.cluster_resources())
     init_from = None
     if config.init_from is not None:
         source = find_run(config.init_from, config.storage)
-        init_from = source.folder.join(source.best().name)
+        init_from = f"{source.folder.uri}/{source.best().name}"
+    folder = run.folder if run is not None else check_free(name, config)
     tracking = None
     if track:
-        from cosa_ray.tracking.store import open_store
+        from cosa_ray.tracking.store import check_reachable, open_store
 
         tracking = open_store(
-            config,
-            run_name=run.record.name,
-            folder=run.folder.uri,
-            parent_run_id=parent_run_id,
-            tags=tags or {},
+            config, run_name=name, folder=folder.uri, parent_run_id=parent_run_id, parent=parent, tags=tags
         )
-        run.update(tracking_uri=tracking.uri, parent_run_id=parent_run_id)
-    return Job(run.record.name, run.folder.uri, config, tracking, config.resources.cpus_per_worker, init_from)
+        check_reachable(tracking, nodes)
+    if run is None:
+        from cosa_ray.data.dataset import open_dataset
+        from cosa_ray.evaluation.evaluate import best_metric, metric_prefix
+
+        images = len(open_dataset(config.data.dataset).split(config.data.val_split))
+        run = create_run(name, config, best_metric(config, metric_prefix(config, images)))
+    if tracking is not None:
+        run = run.update(tracking_uri=tracking.uri, parent_run_id=parent_run_id)
+    return run, Job(name, run.folder.uri, config, tracking, config.resources.cpus_per_worker, init_from)
 
 
 def conclude(run: Run, job: Job, outcome: Outcome) -> RunResult:
@@ -175,11 +184,16 @@ def conclude(run: Run, job: Job, outcome: Outcome) -> RunResult:
     run = run.update(state=outcome.state, cause=outcome.cause, mlflow_run_id=mlflow_run_id)
     if outcome.state == "finished" and not job.config.checkpoint.keep_full_state:
         run.checkpoints.drop_full_states()
+    return summary(run, outcome)
+
+
+def summary(run: Run, outcome: Outcome) -> RunResult:
+    """What a run's folder says, as a result."""
     best, last = run.checkpoints.best(), run.checkpoints.latest()
     return RunResult(
         name=run.record.name,
         folder=run.folder.uri,
-        mlflow_run_id=mlflow_run_id,
+        mlflow_run_id=run.record.mlflow_run_id,
         tracking_uri=run.record.tracking_uri,
         state=outcome.state,
         step=outcome.step,
@@ -187,8 +201,8 @@ def conclude(run: Run, job: Job, outcome: Outcome) -> RunResult:
         metric=run.record.metric,
         best_metrics=best.metrics if best else {},
         last_metrics=last.metrics if last else {},
-        best_checkpoint=run.folder.join(best.name) if best else None,
-        last_checkpoint=run.folder.join(last.name) if last else None,
+        best_checkpoint=f"{run.folder.uri}/{best.name}" if best else None,
+        last_checkpoint=f"{run.folder.uri}/{last.name}" if last else None,
     )
 
 
@@ -308,42 +322,36 @@ def catch_stop() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def _train_on_ray(job: Job, run: Run, stop: threading.Event, show: Callable[[Progress], None]) -> RunResult:
+def _fit_and_show(job: Job, stop: threading.Event, show: Callable[[Progress], None]) -> Outcome:
     """Fit in a thread, so that this one shows progress and passes a wish to stop on to the workers."""
     import ray
 
-    with ray_cluster():
-        if job.tracking is not None:
-            from cosa_ray.tracking.store import check_reachable
+    monitor = start_monitor()
+    outcomes: list[Outcome | BaseException] = []
 
-            check_reachable(job.tracking, len([node for node in ray.nodes() if node["Alive"]]))
-        cpus_per_worker(job.config, ray.cluster_resources())
-        monitor = start_monitor()
-        outcomes: list[Outcome | BaseException] = []
+    def work() -> None:
+        try:
+            outcomes.append(fit(job, monitor))
+        except BaseException as error:  # handed to the main thread below
+            outcomes.append(error)
 
-        def work() -> None:
-            try:
-                outcomes.append(fit(job, monitor))
-            except BaseException as error:  # handed to the main thread below
-                outcomes.append(error)
-
-        thread = threading.Thread(target=work, name="fit")
-        thread.start()
-        shown: dict[str, Any] | None = None
-        asked = False
-        while thread.is_alive():
-            thread.join(POLL_SECONDS)
-            if stop.is_set() and not asked:
-                ray.get(monitor.stop.remote())
-                asked = True
-            latest = ray.get(monitor.latest.remote()).get(job.name)
-            if latest is not None and latest != shown:
-                shown = latest
-                show(Progress(**latest))
-        (outcome,) = outcomes
-        if isinstance(outcome, BaseException):
-            raise outcome
-        return conclude(run, job, outcome)
+    thread = threading.Thread(target=work, name="fit")
+    thread.start()
+    shown: dict[str, Any] | None = None
+    asked = False
+    while thread.is_alive():
+        thread.join(POLL_SECONDS)
+        if stop.is_set() and not asked:
+            ray.get(monitor.stop.remote())
+            asked = True
+        latest = ray.get(monitor.latest.remote()).get(job.name)
+        if latest is not None and latest != shown:
+            shown = latest
+            show(Progress(**latest))
+    (outcome,) = outcomes
+    if isinstance(outcome, BaseException):
+        raise outcome
+    return outcome
 
 
 def _last_step(run: Run | None) -> int:

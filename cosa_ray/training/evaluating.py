@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-
 from cosa_ray.config.load import apply_overrides
 from cosa_ray.data.dataset import open_dataset
 from cosa_ray.errors import UserError

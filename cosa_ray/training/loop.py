@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,9 +130,9 @@ class _Run:
                     self._report()
         return Outcome("finished", state.step)
 
-    def _batches(self) -> Iterator[TrainingBatch]:
+    def _batches(self) -> Generator[TrainingBatch, None, None]:
         config = self.config
-        return training_batches(
+        yield from training_batches(
             self.train_split,
             seed=config.seed,
             views=config.views,
@@ -167,7 +167,8 @@ class _Run:
                 **common,
             )
         else:
-            output = classification_step(self._wrap("warmup", state.online.classification), micro_batches, **common)
+            classification = self._wrap("warmup", state.online.classification)
+            output = classification_step(classification, micro_batches, config, **common)
             if now == "filling":
                 filled = fill_step(
                     state.assignment,
@@ -177,7 +178,7 @@ class _Run:
                     sum_over_workers=workers.sum,
                     autocast=self.autocast,
                 )
-                output = output._replace(statistics=filled.statistics, proposal=filled.proposal)
+                output = output._replace(proposal=filled)
             if config.training.decoder_in_warmup:
                 for parameter in state.online.decoder_parameters():
                     parameter.grad = torch.zeros_like(parameter)

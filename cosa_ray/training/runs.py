@@ -6,7 +6,9 @@ import json
 import re
 from dataclasses import asdict, dataclass, replace
 
-from cosa_ray.config.load import check
+import yaml
+
+from cosa_ray.config.load import check, dump_config, flatten
 from cosa_ray.config.schema import Config
 from cosa_ray.errors import UserError
 from cosa_ray.training.storage import CheckpointEntry, CheckpointStore, RunFolder
@@ -47,8 +49,6 @@ class Run:
         content = self.folder.read_text(CONFIG)
         if content is None:
             raise UserError(f"{self.folder.uri}: has no {CONFIG}; this is no run folder.")
-        import yaml
-
         return check(yaml.safe_load(content), f"{self.folder.uri}/{CONFIG}")
 
     def update(self, **changes: str | None) -> Run:
@@ -81,16 +81,20 @@ def read_run(uri: str) -> Run | None:
     return Run(folder, RunRecord(**json.loads(content))) if content else None
 
 
-def create_run(name: str, config: Config, metric: str) -> Run:
-    """Make the folder of a new run; UserError when the name is taken."""
+def check_free(name: str, config: Config) -> RunFolder:
+    """The folder a new run of this name would have; UserError when the name is taken."""
     folder = RunFolder(f"{config.storage.rstrip('/')}/{check_name(name)}")
     if folder.exists():
         raise UserError(
             f"run {name} exists already in {folder.uri}: continue it with --resume, or choose another --name; "
             "nothing was changed."
         )
-    from cosa_ray.config.load import dump_config
+    return folder
 
+
+def create_run(name: str, config: Config, metric: str) -> Run:
+    """Make the folder of a new run; UserError when the name is taken."""
+    folder = check_free(name, config)
     folder.write_text(CONFIG, dump_config(config))
     return Run(folder, RunRecord(name, metric)).update()
 
@@ -100,8 +104,6 @@ def resume_run(name: str, config: Config) -> Run:
     run = read_run(f"{config.storage.rstrip('/')}/{check_name(name)}")
     if run is None:
         raise UserError(f"no run {name} in {config.storage} to resume; start it without --resume.")
-    from cosa_ray.config.load import flatten
-
     before, now = flatten(run.config()), flatten(config)
     for key, value in now.items():
         if before.get(key) != value and not key.startswith(RESUMABLE):

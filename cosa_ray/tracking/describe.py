@@ -1,0 +1,196 @@
+"""What a run is: its resolved config, dataset, code and environment, gathered once on the driver."""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import cosa_ray
+from cosa_ray.config.load import dump_config, flatten
+from cosa_ray.config.schema import Config
+from cosa_ray.data.card import DatasetCard
+
+log = logging.getLogger(__name__)
+DIFF_BYTES = 512 * 1024
+PACKAGES = ("torch", "timm", "ray", "mlflow", "numpy", "pyarrow", "torchvision")
+
+
+@dataclass(frozen=True)
+class RunDescription:
+    """Parameters, tags, artifacts (path -> content) and datasets as MLflow gets them; picklable."""
+
+    params: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+    artifacts: dict[str, bytes] = field(default_factory=dict, repr=False)
+    datasets: list[dict[str, Any]] = field(default_factory=list)
+
+
+def describe(config: Config, tags: Mapping[str, str] | None = None) -> RunDescription:
+    """Describe a run of this config: parameters, tags, datasets, and artifacts config.yaml, dataset.json, git.diff.
+
+    Called on the driver, where the repository is; the worker adds its own `environment`. What cannot be found out is
+    left out: describing never fails.
+    """
+    shown = _without_secrets(config)
+    git, diff = git_state()
+    artifacts = {"config.yaml": dump_config(shown).encode()}
+    if diff:
+        artifacts["git.diff"] = diff
+    datasets: list[dict[str, Any]] = []
+    card = _card(config.data.dataset)
+    if card is not None:
+        artifacts["dataset.json"] = card.model_dump_json(indent=1).encode()
+        datasets = dataset_inputs(card, config)
+    return RunDescription(
+        parameters(shown), {**_origin(), **git, **config.tracking.tags, **(tags or {})}, artifacts, datasets
+    )
+
+
+def parameters(config: Config) -> dict[str, str]:
+    """The resolved config, flattened to dotted keys; lists, mappings and null as JSON."""
+    return {
+        key: value if isinstance(value, str) else json.dumps(value, default=str)
+        for key, value in flatten(config).items()
+    }
+
+
+def dataset_inputs(card: DatasetCard, config: Config) -> list[dict[str, Any]]:
+    """The splits of a run as MLflow dataset inputs: named dataset/split, told apart by their shards' checksums."""
+    uri = config.data.dataset
+    name = uri.rstrip("/").rpartition("/")[2]
+    inputs = []
+    for split, context in ((config.data.train_split, "train"), (config.data.val_split, "val")):
+        if split not in card.splits:
+            continue
+        part = card.splits[split]
+        digest = hashlib.sha256("".join(shard.sha256 for shard in part.shards).encode()).hexdigest()[:16]
+        profile = {"images": part.images, "masks": part.masks, "images_per_class": list(part.images_per_class)}
+        source = {"uri": uri if "://" in uri else str(Path(uri).absolute())}
+        dataset = {
+            "name": f"{name}/{split}",
+            "digest": digest,
+            "source_type": urlsplit(uri).scheme or "local",
+            "source": json.dumps(source),
+            "schema": json.dumps({"classes": list(card.classes), "labels_from": card.labels_from}),
+            "profile": json.dumps(profile),
+        }
+        inputs.append({"dataset": dataset, "context": context})
+    return inputs
+
+
+def git_state(folder: Path | None = None) -> tuple[dict[str, str], bytes | None]:
+    """Tags of the code's commit, and the uncommitted changes as a diff (cut at 512 KiB).
+
+    The repository is the one the package is developed in, else that of the working folder; without one, nothing.
+    """
+    for place in [folder] if folder else [Path(cosa_ray.__file__).parent, Path.cwd()]:
+        # An installed package can lie in a repository's virtual environment without being part of it.
+        tracked = place == Path.cwd() or place == folder or _git(place, "ls-files", "--error-unmatch", "__init__.py")
+        commit = _git(place, "rev-parse", "HEAD") if tracked is not None else None
+        if commit is None:
+            continue
+        changes = _git(place, "diff", "HEAD", "--no-color", "--no-ext-diff") or b""
+        status = _git(place, "status", "--porcelain") or b""
+        tags = {
+            "mlflow.source.git.commit": commit.decode().strip(),
+            "cosa_ray.git.dirty": "true" if status.strip() else "false",
+        }
+        branch = (_git(place, "rev-parse", "--abbrev-ref", "HEAD") or b"").decode().strip()
+        if branch and branch != "HEAD":
+            tags["mlflow.source.git.branch"] = branch
+        if len(changes) > DIFF_BYTES:
+            changes = changes[:DIFF_BYTES] + b"\n[cut here: the diff is longer]\n"
+        return tags, changes or None
+    return {}, None
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine, CPUs and GPUs of this process."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    found: dict[str, Any] = {
+        "cosa_ray": cosa_ray.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "machine": platform.node(),
+        "cpu": _cpu(),
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "packages": versions,
+    }
+    # Asked of the driver, not of torch: naming a GPU through torch would take memory on it.
+    if (
+        listed := _output(["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"])
+    ) is not None:
+        found["gpus"] = listed.decode(errors="replace").strip().splitlines()
+    return found
+
+
+def _origin() -> dict[str, str]:
+    tags = {"mlflow.source.name": "cosa-ray", "mlflow.source.type": "LOCAL", "cosa_ray.version": cosa_ray.__version__}
+    with contextlib.suppress(OSError, KeyError):  # a container's user may have no name
+        tags["mlflow.user"] = getpass.getuser()
+    return tags
+
+
+def _card(uri: str) -> DatasetCard | None:
+    from cosa_ray.data.dataset import open_dataset
+
+    try:
+        return open_dataset(uri).card
+    except Exception as error:
+        log.debug("no dataset card of %s: %s", uri, error)
+        return None
+
+
+def _without_secrets(config: Config) -> Config:
+    """The config without the credentials that a tracking URI may carry."""
+    uri = config.tracking.uri
+    if uri is None:
+        return config
+    tracking = config.tracking.model_copy(update={"uri": without_credentials(uri)})
+    return config.model_copy(update={"tracking": tracking})
+
+
+def without_credentials(uri: str) -> str:
+    """The URI without user, password and query."""
+    try:
+        parts = urlsplit(uri)
+    except ValueError:
+        return uri.rpartition("@")[2]
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", "")) if parts.netloc else uri
+
+
+def _git(folder: Path, *words: str) -> bytes | None:
+    return _output(["git", *words], folder)
+
+
+def _output(command: list[str], folder: Path | None = None) -> bytes | None:
+    """What a command prints; None when it fails, is not installed or takes long."""
+    try:
+        return subprocess.run(command, cwd=folder, capture_output=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _cpu() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()

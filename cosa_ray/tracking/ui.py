@@ -1,0 +1,158 @@
+"""MLflow's own pages for a tracking store, served on loopback until they are no longer wanted."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections import deque
+from contextlib import AbstractContextManager
+from pathlib import Path
+from threading import Thread
+from typing import IO
+
+from cosa_ray.config.schema import Config
+from cosa_ray.errors import RunFailed, UserError
+from cosa_ray.tracking.describe import without_credentials
+from cosa_ray.tracking.store import checked_uri, sqlite_path, tracking_uri
+
+START_SECONDS = 300.0
+STOP_SECONDS = 10.0
+
+
+def store_to_show(uri: str | None) -> str:
+    """The store that pages are wanted for: the option's, else that of a run with the default config.
+
+    Raises UserError for a malformed URI, and for a SQLite file that is not there.
+    """
+    chosen = checked_uri(uri, "--uri") if uri else tracking_uri(Config())
+    path = sqlite_path(chosen)
+    if path is not None and not path.is_file():
+        raise UserError(f"there is no MLflow store at {path}; train a run from this folder first, or give --uri")
+    return chosen
+
+
+class Pages(AbstractContextManager["Pages"]):
+    """An `mlflow server` on a store; ready when constructed, and gone with all its processes when closed.
+
+    Job execution is off: MLflow would start eight more processes for features that are not used here. Raises UserError
+    when the port is taken, RunFailed when the server does not come up.
+    """
+
+    def __init__(self, uri: str, *, host: str = "127.0.0.1", port: int = 5000, workers: int = 1) -> None:
+        _check_port(host, port)
+        path = sqlite_path(uri)
+        artifacts = (path.parent if path else Path.cwd()) / "mlartifacts"
+        command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
+        command += ["--artifacts-destination", artifacts.as_uri(), "--workers", str(workers)]
+        command += ["--host", host, "--port", str(port)]
+        environment = {
+            **os.environ,
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+        }
+        environment.pop("MLFLOW_TRACKING_URI", None)
+        shown = "127.0.0.1" if host == "0.0.0.0" else "[::1]" if host == "::" else f"[{host}]" if ":" in host else host
+        self.url = f"http://{shown}:{port}"
+        # A session of its own: Ctrl-C reaches this process alone, which then ends the server and all it started.
+        self.process = subprocess.Popen(
+            command,
+            env=environment,
+            start_new_session=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self._said: deque[str] = deque(maxlen=40)
+        assert self.process.stdout is not None
+        self._reader = Thread(target=self._read, args=(self.process.stdout,), daemon=True)
+        self._reader.start()
+        try:
+            self._wait_until_ready()
+        except BaseException:
+            self.close()
+            raise
+
+    def wait(self) -> None:
+        """Return when the server ends by itself. Raises RunFailed with what it said."""
+        code = self.process.wait()
+        raise RunFailed(f"the MLflow server ended with code {code}: {self._last_words()}")
+
+    def close(self) -> None:
+        """End the server and every process it started."""
+        for number, patience in ((signal.SIGTERM, STOP_SECONDS), (signal.SIGKILL, STOP_SECONDS)):
+            try:
+                os.killpg(self.process.pid, number)
+            except ProcessLookupError:
+                break
+            deadline = time.monotonic() + patience
+            while time.monotonic() < deadline and _group_lives(self.process):
+                time.sleep(0.05)
+        self.process.wait()
+        self._reader.join(1)
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _wait_until_ready(self) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                self._reader.join(1)
+                raise RunFailed(f"the MLflow server did not start: {self._last_words()}")
+            try:
+                # No proxy: the server is on this machine.
+                opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+                with opener.open(f"{self.url}/health", timeout=2):
+                    return
+            except OSError:
+                time.sleep(0.1)
+        raise RunFailed(f"the MLflow server did not answer in {START_SECONDS:.0f} s: {self._last_words()}")
+
+    def _read(self, stream: IO[str]) -> None:
+        # Read on, or the server blocks once the pipe is full.
+        for line in stream:
+            self._said.append(line.strip())
+
+    def _last_words(self) -> str:
+        errors = [line for line in self._said if "error" in line.lower() or "exception" in line.lower()]
+        return (errors or list(self._said) or ["it said nothing"])[-1]
+
+
+def is_server(uri: str) -> bool:
+    """True when the store is an MLflow server already, with pages of its own."""
+    return uri.startswith(("http://", "https://"))
+
+
+def shown(uri: str) -> str:
+    """The store for people: a path for a SQLite file, else the URI without credentials."""
+    return str(sqlite_path(uri) or without_credentials(uri))
+
+
+def _check_port(host: str, port: int) -> None:
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except (socket.gaierror, OverflowError):
+        raise UserError(f"{host}:{port} is no address of this machine; choose another --host or --port") from None
+    with socket.socket(family, kind) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+        except OSError as error:
+            raise UserError(
+                f"port {port} on {host} cannot be used ({error.strerror}); choose another with --port"
+            ) from None
+
+
+def _group_lives(leader: subprocess.Popen[str]) -> bool:
+    """True while any process of the leader's group runs; reaps the leader."""
+    leader.poll()
+    try:
+        os.killpg(leader.pid, 0)
+    except ProcessLookupError:
+        return False
+    return True

@@ -1,0 +1,135 @@
+"""How many trials fit a cluster at once, and what each worker gets: plain arithmetic, checked before anything starts.
+
+A trial is a small driver process plus its workers. Drivers that hold the CPUs their own workers wait for are a
+deadlock (seen on Ray 2.60: two drivers with one CPU each on two CPUs never start), so a driver takes a hundredth of a
+CPU and that hundredth is counted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cosa_ray.errors import UserError
+
+DRIVER_CPUS = 0.01
+_SMALLEST_SHARE = 0.01
+# Ray counts resources in ten-thousandths.
+_GRAIN = 1e-4 / 2
+
+
+@dataclass(frozen=True)
+class Node:
+    """Logical CPUs and GPUs of one machine of the cluster."""
+
+    cpus: float
+    gpus: float = 0.0
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Trials at a time, and what each of their workers is given."""
+
+    concurrency: int
+    cpus_per_worker: float
+    gpus_per_worker: float
+
+
+def fit_resources(
+    cluster: Sequence[Node],
+    *,
+    workers: int,
+    trials: int,
+    cpus_per_worker: float | None = None,
+    gpus_per_worker: float = 0.0,
+    concurrency: int | None = None,
+) -> Fit:
+    """Divide a cluster among the trials of a sweep so that all running at once are certain to start.
+
+    `cpus_per_worker` None shares the CPUs out evenly (to a hundredth, downwards); `concurrency` None runs as many
+    trials as the GPUs, or else the whole CPUs, have room for. A worker never spans machines. Raises UserError with
+    the arithmetic when a trial, or the asked-for number of trials, does not fit.
+    """
+    if gpus_per_worker > 0 and sum(_gpu_slots(node, gpus_per_worker) for node in cluster) < workers:
+        raise UserError(
+            f"the sweep does not fit the cluster: a trial needs {workers} workers x {gpus_per_worker:g} GPUs = "
+            f"{workers * gpus_per_worker:g}, and there are {_shape([node.gpus for node in cluster])} GPUs; "
+            "lower workers or resources.gpus_per_worker."
+        )
+    if cpus_per_worker is None:
+        at_once = concurrency or _roomy(cluster, workers, trials, gpus_per_worker)
+        at_once = min(at_once, trials)
+        share = _largest_share(cluster, workers, at_once, gpus_per_worker)
+        if share is None:
+            raise _too_many(cluster, workers, at_once, _SMALLEST_SHARE, gpus_per_worker)
+        return Fit(at_once, share, gpus_per_worker)
+    if not _fits(cluster, workers, 1, cpus_per_worker, gpus_per_worker):
+        raise _too_many(cluster, workers, 1, cpus_per_worker, gpus_per_worker)
+    wanted = min(concurrency or trials, trials)
+    at_once = max(n for n in range(1, wanted + 1) if _fits(cluster, workers, n, cpus_per_worker, gpus_per_worker))
+    if concurrency is not None and at_once < wanted:
+        raise _too_many(cluster, workers, wanted, cpus_per_worker, gpus_per_worker)
+    return Fit(at_once, cpus_per_worker, gpus_per_worker)
+
+
+def _slots(cluster: Sequence[Node], trials: int, cpus: float, gpus: float) -> int:
+    """Workers that have room when every driver may sit on any machine."""
+    total = 0
+    for node in cluster:
+        room = max(0, math.floor((node.cpus - trials * DRIVER_CPUS + _GRAIN) / cpus))
+        total += min(room, _gpu_slots(node, gpus)) if gpus > 0 else room
+    return total
+
+
+def _gpu_slots(node: Node, gpus: float) -> int:
+    """Workers for which a machine has GPUs; a fraction never spans two of them."""
+    if gpus < 1:
+        return math.floor(node.gpus) * math.floor(1 / gpus + 1e-9)
+    return math.floor(node.gpus / gpus + 1e-9)
+
+
+def _fits(cluster: Sequence[Node], workers: int, trials: int, cpus: float, gpus: float) -> bool:
+    return _slots(cluster, trials, cpus, gpus) >= workers * trials
+
+
+def _roomy(cluster: Sequence[Node], workers: int, trials: int, gpus: float) -> int:
+    """Trials at a time when nobody said: as many as there are GPUs for, without GPUs a whole CPU a worker."""
+    if gpus > 0:
+        return max(1, min(trials, sum(_gpu_slots(node, gpus) for node in cluster) // workers))
+    return max(1, min(trials, sum(math.floor(node.cpus) for node in cluster) // workers))
+
+
+def _largest_share(cluster: Sequence[Node], workers: int, trials: int, gpus: float) -> float | None:
+    """The most CPUs a worker can get when `trials` run at once, None when not even the smallest share fits."""
+    shares = {
+        math.floor((node.cpus - trials * DRIVER_CPUS) / count * 100 + 1e-6) / 100
+        for node in cluster
+        for count in range(1, workers * trials + 1)
+    }
+    return next(
+        (s for s in sorted(shares, reverse=True) if s >= _SMALLEST_SHARE and _fits(cluster, workers, trials, s, gpus)),
+        None,
+    )
+
+
+def _too_many(cluster: Sequence[Node], workers: int, trials: int, cpus: float, gpus: float) -> UserError:
+    """The arithmetic of a sweep that does not fit, in one sentence."""
+    need = trials * (DRIVER_CPUS + workers * cpus)
+    have = sum(node.cpus for node in cluster)
+    if need <= have + _GRAIN and gpus > 0:
+        resource = f"{trials} x {workers} workers x {gpus:g} GPUs = {trials * workers * gpus:g} GPUs"
+        there = f"{_shape([node.gpus for node in cluster])} GPUs"
+    else:
+        resource = f"{trials} x ({DRIVER_CPUS} + {workers} workers x {cpus:g}) = {need:g} CPUs"
+        there = f"{_shape([node.cpus for node in cluster])} CPUs"
+    what = "a trial needs" if trials == 1 else f"{trials} trials at a time need"
+    lower = (
+        "workers or resources.cpus_per_worker" if trials == 1 else "concurrency, workers or resources.cpus_per_worker"
+    )
+    return UserError(f"the sweep does not fit the cluster: {what} {resource}, and there are {there}; lower {lower}.")
+
+
+def _shape(amounts: Sequence[float]) -> str:
+    """'2' for one machine, '4 + 4' for two."""
+    return " + ".join(f"{amount:g}" for amount in amounts) or "0"

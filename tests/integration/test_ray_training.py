@@ -1,0 +1,179 @@
+"""The same loop under Ray Train: any number of workers, killed workers, a stopped driver."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cosa_ray.config.load import dump_config
+from cosa_ray.config.schema import Config
+from cosa_ray.training.driver import RunResult, train
+from tests.conftest import history
+
+pytestmark = pytest.mark.ray
+Make = Callable[..., Config]
+
+
+def curve(config: Config, result: RunResult, key: str = "train/loss") -> list[tuple[int, float]]:
+    assert config.tracking.uri is not None
+    assert result.mlflow_run_id is not None
+    return history(config.tracking.uri, result.mlflow_run_id, key)
+
+
+def train_workers() -> list[psutil.Process]:
+    """Processes of Ray Train's workers on this machine."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        if any("RayTrainWorker" in word for word in process.info["cmdline"] or []):
+            found.append(process)
+    return found
+
+
+@contextmanager
+def watching(watch: Callable[[threading.Event], None]) -> Iterator[None]:
+    """Run `watch(done)` in a thread for the time of the block."""
+    done = threading.Event()
+    thread = threading.Thread(target=watch, args=(done,))
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def registered(folder: Path) -> list[int]:
+    """Steps of the checkpoints a run's index names."""
+    try:
+        return [entry["step"] for entry in json.loads((folder / "checkpoints.json").read_text())["checkpoints"]]
+    except FileNotFoundError:
+        return []
+
+
+def test_two_workers_equal_one(ray_cluster: str, tiny: Make) -> None:
+    """Twenty steps across the end of warm-up at the same global batch, fp32: the same losses to 1e-4."""
+    curves, scores = [], []
+    for workers in (1, 2):
+        config = tiny(workers=workers)
+        result = train(config, name=f"w{workers}")
+        curves.append(curve(config, result))
+        scores.append(result.last_metrics)
+    assert [step for step, _ in curves[0]] == list(range(1, 21))
+    for (step, one), (_, two) in zip(*curves, strict=True):
+        assert two == pytest.approx(one, abs=1e-4), f"step {step}"
+    assert scores[0]["val/images"] == scores[1]["val/images"] == 11, "no image dropped or counted twice"
+    assert scores[1]["val/miou"] == pytest.approx(scores[0]["val/miou"], abs=1e-2)
+
+
+def test_ray_and_local_are_the_same_bits(ray_cluster: str, tiny: Make) -> None:
+    config = tiny()
+    assert curve(config, train(config, name="ray")) == curve(config, train(config, name="bare", local=True))
+
+
+def test_killed_workers_leave_the_loss_curve_as_it_was(ray_cluster: str, tiny: Make) -> None:
+    """kill -9 at random moments, inside co-training too; two workers, every restart from the last checkpoint."""
+    config = tiny(
+        workers=2,
+        training__steps=60,
+        training__warmup_iters=20,
+        checkpoint__every=4,
+        evaluation__every=30,
+        resources__max_failures=10,
+    )
+    undisturbed = train(config, name="undisturbed")
+    folder = Path(config.storage) / "killed"
+    draw = random.Random(0)
+    killed: list[int] = []
+
+    def kill(done: threading.Event) -> None:
+        for after in (draw.randrange(4, 16), draw.randrange(24, 48)):  # in warm-up, in co-training
+            while not done.is_set() and max(registered(folder), default=0) < after:
+                time.sleep(0.01)
+            time.sleep(draw.random() * 0.2)
+            victims = train_workers()
+            if done.is_set() or not victims:
+                return
+            victim = draw.choice(victims)
+            victim.kill()
+            killed.append(max(registered(folder)))
+            victim.wait(10)
+
+    with watching(kill):
+        disturbed = train(config, name="killed")
+    assert len(killed) == 2, "both kills must have happened"
+    assert killed[1] >= 24, "one of them inside co-training"
+    assert disturbed.state == "finished"
+    for key in ("train/loss", "threshold/background", "val/miou"):
+        assert curve(config, disturbed, key) == curve(config, undisturbed, key), key
+
+
+def test_a_kill_between_upload_and_registration(ray_cluster: str, tiny: Make) -> None:
+    """A checkpoint that is whole on storage but not yet registered does not count; nothing of it is left behind."""
+    config = tiny(training__steps=40, checkpoint__every=1, evaluation__every=40)
+    undisturbed = train(config, name="undisturbed")
+    folder = Path(config.storage) / "between"
+    caught: list[int] = []
+
+    def kill(done: threading.Event) -> None:
+        worker = None
+        for step in range(12, 40):
+            whole = folder / "checkpoints" / f"step_{step:08d}" / "state.pt"
+            while not done.is_set() and not whole.exists():
+                pass  # a busy wait: the moment is short
+            if done.is_set():
+                return
+            worker = worker or train_workers()[0]
+            worker.suspend()
+            # Suspended, the worker cannot change what is read here.
+            if step not in registered(folder):
+                worker.kill()
+                caught.append(step)
+                return
+            worker.resume()
+
+    with watching(kill):
+        disturbed = train(config, name="between")
+    assert caught, "the kill must have happened between upload and registration"
+    assert disturbed.state == "finished"
+    assert curve(config, disturbed) == curve(config, undisturbed)
+    assert {int(path.name[5:]) for path in (folder / "checkpoints").iterdir()} == set(registered(folder))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_command_leaves_a_checkpoint_that_resumes(
+    ray_cluster: str, tiny: Make, tmp_path: Path, number: signal.Signals
+) -> None:
+    config = tiny(training__steps=400, training__warmup_iters=8, checkpoint__every=1000, evaluation__every=1000)
+    file = tmp_path / "tiny.yaml"
+    file.write_text(dump_config(config))
+    command = [sys.executable, "-m", "cosa_ray.cli.main", "train", str(file), "--name", "stopped", "--json"]
+    environment = {**os.environ, "RAY_ADDRESS": ray_cluster}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment
+    ) as driver:
+        assert driver.stderr is not None
+        for line in driver.stderr:
+            if "step" in line:
+                driver.send_signal(number)
+                break
+        out, err = driver.communicate(timeout=120)
+    assert driver.returncode == 0, err
+    stopped = json.loads(out)
+    assert stopped["state"] == "stopped"
+    assert registered(Path(stopped["folder"])) == [stopped["step"]]
+    shorter = tiny(training__steps=400, training__warmup_iters=8, checkpoint__every=1000, evaluation__every=1000)
+    resumed = train(shorter, name="stopped", resume=True)
+    assert resumed.state == "finished"
+    assert [step for step, _ in curve(config, resumed)] == list(range(1, 401))

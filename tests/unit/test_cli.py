@@ -1,0 +1,92 @@
+"""The command line: wrong input gets one sentence and exit code 2, before anything starts."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cosa_ray.cli.main import main
+
+
+def run(words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a command run in this process."""
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    captured = capsys.readouterr()
+    return int(str(ended.value.code)), captured.out, captured.err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train", "nowhere"], ["no experiment file nowhere"]),
+        (["train", "shape"], ["shapes.yaml"]),
+        (["train", "shapes", "--set", "losses.cam_to_segg=1"], ["losses.cam_to_seg"]),
+        (["train", "shapes", "--set", "seed"], ["--set seed"]),
+        (["train", "shapes", "--set", "data.dataset=nowhere"], ["nowhere", "cosa-ray data import"]),
+        (["train", "shapes", "--resume"], ["--name"]),
+        (["train", "shapes", "--name", "../x"], ["run name"]),
+        (["train", "shapes", "--local", "--set", "workers=2"], ["--local", "workers"]),
+        (["train", "shapes", "--resume", "--name", "never"], ["never"]),
+        (["evaluate", "never"], ["no run never"]),
+        (["data", "check", "nowhere"], ["nowhere"]),
+        (["config", "show", "nowhere"], ["nowhere"]),
+        (["tune", "nowhere"], ["nowhere"]),
+        (["submit", "train", "shapes", "--address", "http://127.0.0.1:9"], ["127.0.0.1:9"]),
+    ],
+)
+def test_mistakes(
+    words: list[str],
+    said: list[str],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(words, capsys)
+    assert code == 2, err
+    assert out == ""
+    sentence = err.strip().splitlines()
+    assert len(sentence) == 1, err
+    for word in said:
+        assert word in sentence[0]
+    assert not list(tmp_path.glob("runs/*")), "a refused command leaves nothing behind"
+
+
+@pytest.mark.parametrize(
+    "words", [["train"], ["frobnicate"], ["train", "shapes", "--no-such-flag"], ["data", "import"]]
+)
+def test_bad_flags(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(words, capsys)
+    assert code == 2
+    assert err
+
+
+def test_config_show_prints_every_setting_as_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "cosa_ray.cli.main", "config", "show", "shapes", "--set", "seed=7", "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+        cwd=tmp_path,
+    )
+    config = json.loads(done.stdout)
+    assert config["seed"] == 7
+    assert config["model"]["stem"] == "convolutional"
+
+
+def test_verbose_shows_the_traceback(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "cosa_ray.cli.main", "train", "nowhere", "--verbose"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=tmp_path,
+    )
+    assert done.returncode != 0
+    assert "Traceback" in done.stderr

@@ -1,0 +1,115 @@
+"""What a job is sent: the resolved file and the package, nothing else, with paths that outlive the job's folder."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cosa_ray.config.load import dump_config, flatten, load_config
+from cosa_ray.config.schema import Config
+from cosa_ray.errors import UserError
+from cosa_ray.jobs import parcel
+from cosa_ray.jobs.submit import _files
+
+
+def test_the_package_runs_from_the_parcel_alone(tmp_path: Path) -> None:
+    parcel.pack(tmp_path, {"x.yaml": "seed: 3\n"}, package=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"x.yaml", "cosa_ray"}
+    assert not list(tmp_path.rglob("__pycache__"))
+    code = "import cosa_ray; from cosa_ray.config.load import *; print(cosa_ray.__file__, load_config('x.yaml').seed)"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == [str(tmp_path.resolve() / "cosa_ray" / "__init__.py"), "3"]
+
+
+def test_installed_sends_the_file_only(tmp_path: Path) -> None:
+    parcel.pack(tmp_path, {"x.yaml": ""}, package=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.yaml"]
+
+
+def test_nothing_of_the_working_folder_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project, target = tmp_path / "project", tmp_path / "target"
+    target.mkdir()
+    (project / "datasets").mkdir(parents=True)
+    for name in (".env", "credentials.json", "datasets/big.arrow", "mlflow.db"):
+        (project / name).write_text("secret")
+    (project / "x.yaml").write_text("seed: 3\n")
+    monkeypatch.chdir(project)
+    name, files = _files("train", "x.yaml", [], str(project), tracked=False)
+    parcel.pack(target, files, package=True)
+    assert name == "x.yaml"
+    assert not [path for path in target.rglob("*") if path.is_file() and path.read_text(errors="replace") == "secret"]
+
+
+def test_a_parcel_over_the_limit_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parcel, "LIMIT_BYTES", 2 * 1024 * 1024)
+    with pytest.raises(UserError, match=r"parcel is 3 MiB and Ray takes at most 2 MiB; remove x.yaml"):
+        parcel.pack(tmp_path, {"x.yaml": "#" * 3 * 1024 * 1024}, package=False)
+
+
+def test_relative_paths_start_at_the_clusters_folder() -> None:
+    config = Config.model_validate(
+        {
+            "storage": "runs",
+            "init_from": "old/run",
+            "data": {"dataset": "datasets/voc"},
+            "model": {"checkpoint": "s3://bucket/w.safetensors"},
+        }
+    )
+    moved = parcel.for_cluster(config, "/shared/me", tracking_from_environment=False)
+    changed = {k: v for k, v in flatten(moved).items() if v != flatten(config)[k]}
+    assert changed == {
+        "storage": "/shared/me/runs",
+        "init_from": "/shared/me/old/run",
+        "data.dataset": "/shared/me/datasets/voc",
+        "tracking.uri": "sqlite:////shared/me/mlflow.db",
+    }
+    assert parcel.for_cluster(config, "/shared/me", tracking_from_environment=True).tracking.uri is None
+    with pytest.raises(UserError, match="absolute folder"):
+        parcel.for_cluster(config, "me", tracking_from_environment=False)
+
+
+@pytest.mark.parametrize(
+    ("uri", "expected"),
+    [
+        ("sqlite:///mlflow.db", "sqlite:////shared/mlflow.db"),
+        ("sqlite:////data/mlflow.db", "sqlite:////data/mlflow.db"),
+        ("http://tracking:5000", "http://tracking:5000"),
+    ],
+)
+def test_absolute_tracking(uri: str, expected: str) -> None:
+    assert parcel.absolute_tracking(uri, "/shared") == expected
+
+
+def test_extends_and_overrides_are_worked_in(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("training: {steps: 50, warmup_iters: 5}\noptimiser: {warmup_steps: 3}\n")
+    (tmp_path / "x.yaml").write_text("extends: base.yaml\nseed: 4\n")
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    name, files = _files("train", tmp_path / "x.yaml", ["training.steps=60"], "/shared", tracked=True)
+    parcel.pack(alone, files, package=False)
+    sent = load_config(alone / name)
+    assert (sent.training.steps, sent.training.warmup_iters, sent.seed) == (60, 5, 4)
+    assert sent.storage == "/shared/runs"
+
+
+def test_a_sweep_arrives_with_its_base(tmp_path: Path) -> None:
+    from cosa_ray.tuning.sweepfile import load_sweep
+
+    name, files = _files("tune", "shapes", ["trials=3", "training.batch_size=4"], "/shared", tracked=True)
+    parcel.pack(tmp_path, files, package=False)
+    sweep, base = load_sweep(tmp_path / name)
+    here, here_base = load_sweep("shapes", ["trials=3", "training.batch_size=4"])
+    assert sweep.space == here.space
+    assert sweep.trials == 3
+    expected = {**flatten(here_base), "storage": "/shared/runs", "data.dataset": "/shared/datasets/shapes"}
+    assert flatten(base) == expected
+    assert dump_config(base) == files[sweep.base]
+
+
+def test_a_wrong_sweep_is_refused_before_anything_is_sent(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text("base: shapes\nspace: {losses.cam_to_seg: {uniform: [-1, 1]}}\n")
+    with pytest.raises(UserError, match=r"losses\.cam_to_seg"):
+        _files("tune", tmp_path / "s.yaml", [], "/shared", tracked=True)

@@ -1,0 +1,72 @@
+"""Learning rate, phases and the EMA."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from cosa_ray.config.schema import Optimiser, Training
+from cosa_ray.method.ema import ema_update
+from cosa_ray.method.schedule import learning_rate, phase
+
+
+@pytest.mark.golden
+def test_release_schedule(golden):
+    arrays = golden("poly_warmup_schedule")
+    optimiser = Optimiser(
+        lr=float(arrays["base_lr"]),
+        warmup_steps=int(arrays["warmup_steps"]),
+        warmup_ratio=float(arrays["warmup_ratio"]),
+        power=float(arrays["power"]),
+    )
+    rates = [
+        optimiser.lr * learning_rate(optimiser, int(arrays["max_steps"]), int(step)) for step in arrays["step"].tolist()
+    ]
+    np.testing.assert_allclose(rates, arrays["lr"], rtol=1e-6)
+
+
+def test_schedule_without_warmup_ends_at_nought():
+    optimiser = Optimiser(warmup_steps=0, power=1.0)
+    assert [learning_rate(optimiser, 4, step) for step in range(5)] == [1.0, 0.75, 0.5, 0.25, 0.0]
+
+
+def phases(ring: int = 2, **fields) -> list[str]:
+    training = Training(steps=8, warmup_iters=5, **fields)
+    return [phase(training, step, ring)[0] for step in range(8)]
+
+
+def test_phases():
+    assert "".join(phases()) == "wwwffccc"
+    assert "".join(phases(ring=0)) == "wwwwwccc"
+    assert "".join(phases(ring=100)) == "fffffccc"
+    assert "".join(phases(decoder_in_warmup=True)) == "wwwwffcc"  # the release: that step is warm-up too
+    assert phase(Training(steps=8, warmup_iters=0), 0, 100) == "cotraining"
+
+
+@pytest.mark.golden
+def test_release_ema(golden):
+    arrays = golden("ema")
+    teacher, student = nn.Linear(7, 1, bias=False), nn.Linear(7, 1, bias=False)
+    for finite in (None, torch.ones(())):
+        teacher.weight.data = torch.from_numpy(arrays["teacher"].copy())[None]
+        student.weight.data = torch.from_numpy(arrays["student"])[None]
+        ema_update(teacher, student, float(arrays["momentum"]), finite)
+        np.testing.assert_allclose(teacher.weight.detach().numpy()[0], arrays["updated"], atol=1e-6)
+
+
+def test_ema_copies_buffers_and_skips_a_step_that_is_not_finite():
+    teacher, student = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+    nn.init.normal_(student.weight)
+    student.running_mean += 2
+    student.num_batches_tracked += 5
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    ema_update(teacher, student, 0.9, torch.zeros(()))
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    expected = 0.9 * before["weight"] + 0.1 * student.weight
+    ema_update(teacher, student, 0.9, torch.ones((), dtype=torch.int64))
+    torch.testing.assert_close(teacher.weight.detach(), expected.detach())
+    assert torch.equal(teacher.running_mean, student.running_mean)
+    assert int(teacher.num_batches_tracked) == 5
+    assert teacher.weight.requires_grad
