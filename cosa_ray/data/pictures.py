@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 IGNORED = 255
 Palette = tuple[tuple[int, int, int], ...]
@@ -96,8 +96,13 @@ def checked_mask(data: bytes, height: int, width: int, num_classes: int, palette
         strange = np.unique(values[(values > num_classes) & (values != IGNORED) | (values < 0)])
         if not strange.size:
             return values.astype(np.uint8)
+        beyond = Broken(f"the mask holds {_some(strange)}, beyond the {num_classes} classes")
         if image.mode != "P":
-            raise Broken(f"the mask holds {_some(strange)}, beyond the {num_classes} classes")
+            raise beyond
+        try:
+            return _by_colour(np.asarray(image.convert("RGB")), palette)
+        except Broken:
+            raise beyond from None
     elif image.mode not in ("RGB", "RGBA"):
         raise Broken(f"the mask has mode {image.mode}, neither indices nor colours")
     return _by_colour(np.asarray(image.convert("RGB")), palette)
@@ -126,4 +131,6 @@ def _some(values: np.ndarray) -> str:
 
 
 def _short(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):  # its text has an address in memory, another one every time
+        return "not a picture"
     return str(error).splitlines()[0][:120] if str(error) else type(error).__name__

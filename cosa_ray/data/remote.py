@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,7 +110,7 @@ class _Writer:
 
     def __enter__(self) -> _Writer:
         local = self._target.local
-        self._part = None if local is None else local.with_name(f".{local.name}.{os.getpid()}.part")
+        self._part = None if local is None else local.with_name(f".{local.name}.{uuid.uuid4().hex}.part")
         self._stream: IO[bytes] | Any
         if self._part is not None:
             self._stream = open(self._part, "wb")

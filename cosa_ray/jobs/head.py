@@ -45,7 +45,7 @@ def connect(address: str) -> JobSubmissionClient:
         raise UserError(_refused(url, str(error))) from error
     except (requests.RequestException, RuntimeError, ConnectionError, KeyError, ValueError, TypeError) as error:
         raise UserError(
-            f"--address {address}: something answers there but not a Ray head's Jobs API ({_first_line(error)}); "
+            f"--address {address}: something answers there but not a Ray head's Jobs API ({first_line(error)}); "
             "give the dashboard's port, 8265 unless `ray start --dashboard-port` says otherwise."
         ) from error
     if version.split(".")[:2] != ray.__version__.split(".")[:2]:
@@ -116,7 +116,8 @@ def _refused(url: str, reason: str) -> str:
     )
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, cut to a length that fits a sentence."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
 

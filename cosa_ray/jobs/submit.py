@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 from cosa_ray.config.load import dump_config, find_experiment, load_config
 from cosa_ray.errors import RunFailed, UserError
-from cosa_ray.jobs.head import connect, forwarded_environment, refuse_password
+from cosa_ray.jobs.head import connect, first_line, forwarded_environment, refuse_password
 from cosa_ray.jobs.parcel import absolute_tracking, for_cluster, pack
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 Verb = Literal["train", "tune"]
 _LOST_AFTER_SECONDS = 60.0
 _POLL_SECONDS = 0.5
+# `ray job stop` kills after three seconds unless told otherwise; a run wants to write its checkpoint first.
+_STOP_GENTLY = {"RAY_JOB_STOP_WAIT_TIME_S": "120"}
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class JobEnd:
     message: str
 
 
-def submit(
+def submit_job(
     verb: Verb,
     file: str | Path,
     overrides: Sequence[str] = (),
@@ -69,8 +71,11 @@ def submit(
         environment["MLFLOW_TRACKING_URI"] = absolute_tracking(environment["MLFLOW_TRACKING_URI"], root)
     name, files = _files(verb, file, overrides, root, "MLFLOW_TRACKING_URI" in environment)
     client = connect(address)
+    # Ray refuses a job and a driver that both set a variable, and the driver sets Ray Train's: these go by the command.
+    train = [f"{key}={environment.pop(key)}" for key in sorted(environment) if key.startswith("RAY_TRAIN_")]
     # Ray starts the command in the parcel's folder, so that `-m` finds the package that came with it.
-    entrypoint = shlex.join([python, "-m", "cosa_ray.cli.main", verb, name, *arguments])
+    command = [python, "-m", "cosa_ray.cli.main", verb, name, *arguments]
+    entrypoint = shlex.join([*(["env", *train] if train else []), *command])
     stem = re.sub(r"[^A-Za-z0-9]+", "-", Path(name).stem).strip("-").lower()
     with tempfile.TemporaryDirectory(prefix="cosa-ray-job-") as parcel:
         pack(Path(parcel), files, package=not installed)
@@ -78,11 +83,11 @@ def submit(
             job_id = client.submit_job(
                 entrypoint=entrypoint,
                 submission_id=f"{verb}-{stem}-{secrets.token_hex(4)}",
-                runtime_env={"working_dir": parcel, "env_vars": environment},
+                runtime_env={"working_dir": parcel, "env_vars": {**_STOP_GENTLY, **environment}},
                 metadata={"cosa_ray.verb": verb, "cosa_ray.file": name},
             )
         except Exception as error:  # whatever the head answers, it is one sentence here
-            raise UserError(_not_taken(address, str(error))) from error
+            raise UserError(_not_taken(address, error)) from error
     return Job(address, job_id, entrypoint)
 
 
@@ -92,14 +97,29 @@ def follow(job: Job, write: Callable[[str], None]) -> JobEnd:
     A broken connection is made again for a minute; then RunFailed says that the job may go on. KeyboardInterrupt
     passes through and leaves the job running.
     """
-    client = connect(job.address)
+    return _follow(connect(job.address), job, write)
+
+
+def _follow(client: JobSubmissionClient, job: Job, write: Callable[[str], None]) -> JobEnd:
     seen = 0
-    last_contact = time.monotonic()
+    away_since: float | None = None
+
+    async def tail() -> None:
+        nonlocal seen, away_since
+        position = 0
+        async for chunk in client.tail_job_logs(job.id):
+            away_since = None
+            # A new connection starts at the beginning of the log.
+            if fresh := chunk[max(0, seen - position) :]:
+                write(fresh)
+            position += len(chunk)
+            seen = max(seen, position)
+
     while True:
         try:
-            seen = asyncio.run(_tail(client, job.id, seen, write))
+            asyncio.run(tail())
             info = client.get_job_info(job.id)
-            last_contact = time.monotonic()
+            away_since = None
             if info.status.is_terminal():
                 # What was written between the end of the tail and the end of the job.
                 write(client.get_job_logs(job.id)[seen:])
@@ -107,12 +127,11 @@ def follow(job: Job, write: Callable[[str], None]) -> JobEnd:
                 # Ray appends the log that has just been shown.
                 message = (info.message or "").split(", last available logs")[0].strip()
                 return JobEnd(status, _exit_code(status, info.driver_exit_code), message)
-        except KeyboardInterrupt:
-            raise
         except Exception as error:
-            if time.monotonic() - last_contact > _LOST_AFTER_SECONDS:
+            away_since = away_since or time.monotonic()
+            if time.monotonic() - away_since > _LOST_AFTER_SECONDS:
                 raise RunFailed(
-                    f"lost the head at {job.address} while following {job.id} ({str(error).splitlines()[0]}); "
+                    f"lost the head at {job.address} while following {job.id} ({first_line(error)}); "
                     "the job goes on if the head still runs."
                 ) from error
         time.sleep(_POLL_SECONDS)
@@ -121,17 +140,6 @@ def follow(job: Job, write: Callable[[str], None]) -> JobEnd:
 def how_to_stop(job: Job) -> str:
     """The command that stops a job."""
     return f"ray job stop {job.id} --address {job.address}"
-
-
-async def _tail(client: JobSubmissionClient, job_id: str, seen: int, write: Callable[[str], None]) -> int:
-    """Write the log's characters after the first `seen`; returns how many there are by now."""
-    position = 0
-    async for chunk in client.tail_job_logs(job_id):
-        # A new connection starts at the beginning of the log.
-        if fresh := chunk[max(0, seen - position) :]:
-            write(fresh)
-        position += len(chunk)
-    return max(position, seen)
 
 
 def _exit_code(status: str, driver: int | None) -> int:
@@ -154,6 +162,7 @@ def _files(
         return path.name, {path.name: dump_config(for_cluster(config, folder, tracking_from_environment=tracked))}
     from cosa_ray.tuning.sweepfile import check_sweep, dump_sweep, find_sweep, load_sweep
 
+    path = find_sweep(file)
     sweep, base = load_sweep(path, overrides)
     check_sweep(sweep, base, str(path))
     refuse_password(base.tracking.uri, "tracking.uri")
@@ -165,11 +174,11 @@ def _files(
     }
 
 
-def _not_taken(address: str, answer: str) -> str:
+def _not_taken(address: str, error: Exception) -> str:
     """One sentence for a submission that the head did not take."""
-    if "413" in answer or "Request Entity Too Large" in answer:
+    if "413" in str(error) or "Request Entity Too Large" in str(error):
         return (
             f"--address {address}: the head refused the parcel as too large (Ray takes at most 100 MiB); "
             "install cosa-ray on the cluster and use --installed."
         )
-    return f"--address {address}: the head did not take the job ({answer.strip().splitlines()[0][:300]})."
+    return f"--address {address}: the head did not take the job ({first_line(error)})."

@@ -231,6 +231,7 @@ def tune_config(sweep: Sweep, base: Config, metric: str, concurrency: int, folde
         scheduler=scheduler,
         num_samples=sweep.trials,
         max_concurrent_trials=concurrency if sweep.search == "optuna" else None,
+        trial_dirname_creator=lambda trial: str(trial.trial_id),
     )
 
 

@@ -58,7 +58,7 @@ def test_mistakes(
 
 
 @pytest.mark.parametrize(
-    "words", [["train"], ["frobnicate"], ["train", "shapes", "--no-such-flag"], ["data", "import"]]
+    "words", [["train"], ["frobnicate"], ["train", "shapes", "--no-such-flag"], ["data", "import", "shapes"]]
 )
 def test_bad_flags(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = run(words, capsys)

@@ -140,7 +140,9 @@ def test_opening_touches_no_shard(tmp_path, monkeypatch):
     assert opened == ["train-00002.arrow"]
 
 
-@pytest.mark.parametrize(("mode", "kind"), [("L", "JPEG"), ("CMYK", "JPEG"), ("P", "PNG"), ("RGBA", "PNG"), ("1", "PNG")])
+@pytest.mark.parametrize(
+    ("mode", "kind"), [("L", "JPEG"), ("CMYK", "JPEG"), ("P", "PNG"), ("RGBA", "PNG"), ("1", "PNG")]
+)
 def test_pictures_of_other_modes_become_rgb(mode, kind):
     data = photo(kind=kind, mode=mode)
     stored, height, width = checked_image(data)
@@ -188,10 +190,10 @@ def test_masks_by_index_and_by_colour():
     by_colour = png(colours[indices])
     assert np.array_equal(checked_mask(by_colour, 30, 40, 3, PALETTE), indices)
     # A palette file whose indices mean nothing, and whose colours do.
-    odd = Image.fromarray((indices % 7 + 9).astype(np.uint8))
+    odd = Image.fromarray((indices % 13 + 9).astype(np.uint8))
     table = [0] * 768
     for index in (0, 1, 2, 3, 255):
-        table[3 * (index % 7 + 9) : 3 * (index % 7 + 9) + 3] = [int(part) for part in colours[index]]
+        table[3 * (index % 13 + 9) : 3 * (index % 13 + 9) + 3] = [int(part) for part in colours[index]]
     odd.putpalette(table)
     import io
 

@@ -67,8 +67,11 @@ def test_weak_view_is_a_crop_of_the_resized_flipped_image(seed):
         whole = ImageOps.mirror(whole)
     pixels = np.asarray(whole).astype(int)
     windows = np.lib.stride_tricks.sliding_window_view(pixels, (48, 48), axis=(0, 1))
-    errors = np.abs(windows - weak.astype(int)).max((2, 3, 4))
-    assert errors.min() <= 1  # one place fits to a rounding step, and only because the geometry is right
+    errors = np.abs(windows - weak.astype(int)).mean((2, 3, 4))
+    # One place fits but for the rounding of PIL's two passes; the next best is off by a pixel.
+    best, second = np.sort(errors.ravel())[:2]
+    assert best < 0.1
+    assert second > 10 * best
 
 
 def test_places_reach_both_ends():

@@ -13,9 +13,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from cosa_ray.errors import UserError
+from cosa_ray.errors import RunFailed, UserError
+from cosa_ray.jobs import submit
 from cosa_ray.jobs.head import connect, forwarded_environment, refuse_password
-from cosa_ray.jobs.submit import _exit_code
+from cosa_ray.jobs.submit import Job, JobEnd, _exit_code, _follow
 
 
 @pytest.fixture
@@ -137,3 +138,45 @@ def test_a_password_in_the_tracking_uri_is_refused_without_being_shown() -> None
 )
 def test_exit_codes(status: str, driver: int | None, expected: int) -> None:
     assert _exit_code(status, driver) == expected
+
+
+class Flaky:
+    """A Jobs client whose connection breaks: each entry of `tails` is what one connection yields before it ends."""
+
+    def __init__(self, tails: list[list[str | Exception]], log: str, status: str = "SUCCEEDED") -> None:
+        from ray.job_submission import JobStatus
+
+        self.tails, self.log, self.status = tails, log, JobStatus(status)
+
+    async def tail_job_logs(self, job_id: str):
+        for piece in self.tails.pop(0) if self.tails else [ConnectionError("gone")]:
+            if isinstance(piece, Exception):
+                raise piece
+            yield piece
+
+    def get_job_info(self, job_id: str):
+        from types import SimpleNamespace
+
+        return SimpleNamespace(status=self.status, driver_exit_code=0, message="Job finished, last available logs: ...")
+
+    def get_job_logs(self, job_id: str) -> str:
+        return self.log
+
+
+def test_a_broken_connection_repeats_nothing_of_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray")
+    monkeypatch.setattr(submit, "_POLL_SECONDS", 0.0)
+    client = Flaky([["one ", "two "], ["one two thr", "ee "]], "one two three four")
+    client.tails[0].append(ConnectionError("reset"))
+    written: list[str] = []
+    end = _follow(client, Job("http://head:1", "job", "python"), written.append)
+    assert "".join(written) == "one two three four"
+    assert end == JobEnd("SUCCEEDED", 0, "Job finished")
+
+
+def test_a_lost_head_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray")
+    monkeypatch.setattr(submit, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(submit, "_LOST_AFTER_SECONDS", 0.1)
+    with pytest.raises(RunFailed, match=r"lost the head at http://head:1 .*\(gone\)"):
+        _follow(Flaky([["one"]], "", "RUNNING"), Job("http://head:1", "job", "python"), lambda text: None)

@@ -1,0 +1,204 @@
+"""Imports and loading for real: on Ray, killed without warning, and at two sizes for memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cosa_ray.data.dataset import open_dataset
+
+SHAPES = """
+import sys
+from cosa_ray.data.importing import import_dataset
+out, train, shard, local = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "local"
+import_dataset("shapes", None, out, local=local, train=train, val=4, size=48, shard_images=shard)
+import resource
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def start(out: Path, train: int, shard: int, where: str = "local") -> subprocess.Popen:
+    words = [sys.executable, "-c", SHAPES, str(out), str(train), str(shard), where]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen) -> int:
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == 0
+    return int(output.split()[-1])
+
+
+def test_memory_does_not_grow_with_the_set(tmp_path):
+    small, large = (finish(start(tmp_path / str(train), train, 64)) for train in (100, 1500))
+    size = sum(path.stat().st_size for path in (tmp_path / "1500").iterdir()) // 2**20
+    assert size >= 3
+    assert large - small < 12  # MiB; what a shard's rows and the allocator's slack come to
+
+
+def killed_and_resumed(tmp_path: Path, where: str) -> None:
+    finish(start(tmp_path / "whole", 600, 50))
+    process = start(tmp_path / "cut", 600, 50, where)
+    state = tmp_path / "cut/_import"
+    deadline = time.monotonic() + 200
+    while len(list(state.glob("train-*.json"))) < 3:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    if where != "local":  # the cluster ends with its driver; its tasks may still write what they had begun
+        time.sleep(10)
+    assert not (tmp_path / "cut/dataset.json").exists()
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "cut").glob("train-*.arrow")}
+    reported = {path.stem for path in state.glob("train-*.json")}
+    assert 3 <= len(reported) < 12
+    finish(start(tmp_path / "cut", 600, 50))
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+    for path, stamp in kept.items():
+        if path.stem in reported:
+            assert path.stat().st_mtime_ns == stamp
+
+
+def test_killed_and_resumed_ends_in_the_same_bytes(tmp_path):
+    killed_and_resumed(tmp_path, "local")
+
+
+@pytest.mark.ray
+def test_killed_on_ray_and_resumed_without_ends_in_the_same_bytes(tmp_path):
+    killed_and_resumed(tmp_path, "ray")
+
+
+@pytest.mark.ray
+def test_ray_writes_the_same_bytes_names_what_it_puts_aside_and_loads(tmp_path):
+    """One cluster for three things: identity with a local import, strict errors, and a loader inside an actor."""
+    script = tmp_path / "job.py"
+    script.write_text(
+        """
+import json, sys
+import ray
+from cosa_ray.data.importing import import_dataset
+from cosa_ray.errors import UserError
+
+out = sys.argv[1]
+ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+options = {"train": 90, "val": 10, "size": 48, "shard_images": 16}
+seen = []
+import_dataset("shapes", None, out + "/ray", progress=seen.append, **options)
+import_dataset("shapes", None, out + "/local", local=True, **options)
+assert ray.is_initialized()  # a cluster that was there stays
+try:
+    import_dataset("folder", sys.argv[2], out + "/strict", strict=True)
+    refused = ""
+except UserError as error:
+    refused = str(error)
+
+
+@ray.remote(num_cpus=1)
+def load(folder, processes):
+    from cosa_ray.config.schema import Views
+    from cosa_ray.data.dataset import open_dataset
+    from cosa_ray.data.loader import training_batches
+
+    split = open_dataset(folder).split("train")
+    keys = dict(seed=1, views=Views(crop=32), batch_size=4, start_step=0, stop_step=6)
+    return [int(batch.strong.long().sum()) for batch in training_batches(split, processes=processes, **keys)]
+
+
+sums = ray.get([load.remote(out + "/ray", processes) for processes in (0, 2)], timeout=200)
+ray.shutdown()
+print(json.dumps({"refused": refused, "sums": sums, "last": seen[-1], "steps": len(seen)}))
+"""
+    )
+    broken = tmp_path / "broken"
+    (broken / "images").mkdir(parents=True)
+    (broken / "images/bad.jpg").write_bytes(b"no picture")
+    (broken / "labels.csv").write_text("image,labels\nbad.jpg,cat\n")
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path), str(broken)],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert contents(tmp_path / "ray") == contents(tmp_path / "local")
+    assert result["refused"].startswith("train bad: the image cannot be decoded (not a picture)")
+    assert "\n" not in result["refused"]
+    assert result["sums"][0] == result["sums"][1]
+    assert len(result["sums"][0]) == 6
+    assert result["last"] == [100, 100, 0]
+    assert result["steps"] == 7
+
+
+@pytest.mark.real_data
+def test_voc_small_is_what_its_description_says(real_data, tmp_path):
+    from cosa_ray.data.check import check_dataset
+    from cosa_ray.data.importing import import_dataset
+
+    card = import_dataset("voc", str(real_data / "voc-small320"), str(tmp_path / "voc"), local=True)
+    assert {name: (split.images, split.masks) for name, split in card.splits.items()} == {
+        "train": (1500, 1500),
+        "val": (296, 296),
+    }
+    assert not any(split.put_aside for split in card.splits.values())
+    report = check_dataset(str(tmp_path / "voc"))
+    assert report.ok
+    named_only = [item for item in report.splits["train"].disagreements if item.only_in_labels]
+    assert len(named_only) == 104
+    (odd,) = report.splits["val"].disagreements
+    assert (odd.id, odd.only_in_labels, odd.only_in_mask) == ("2008_005245", [], ["person"])
+    original = (real_data / "voc-small320/JPEGImages/2008_005245.jpg").read_bytes()
+    val = open_dataset(str(tmp_path / "voc")).split("val")
+    assert val[val.ids().index("2008_005245")].image == original
+
+
+def command(*words: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "cosa_ray.cli.main", *words], capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def test_commands_from_import_to_picture(tmp_path):
+    out = str(tmp_path / "shapes")
+    words = ("data", "import", "shapes", out, "--train", "20", "--val", "4", "--size", "48", "--local", "--json")
+    done = command(*words)
+    assert done.returncode == 0, done.stderr
+    card = json.loads(done.stdout)["card"]
+    assert card["splits"]["train"]["images"] == 20
+    again = command(*words)
+    assert again.returncode == 2
+    assert again.stderr.startswith("cosa-ray: ")
+    assert again.stdout == ""
+    assert len(again.stderr.splitlines()) == 1
+
+    checked = command("data", "check", out, "--json")
+    assert checked.returncode == 0
+    assert json.loads(checked.stdout)["damage"] == []
+    table = command("data", "check", out)
+    assert "all 2 shards have the checksums of the card" in table.stdout
+
+    picture = tmp_path / "sheet.png"
+    shown = command("data", "show", out, str(picture), "--split", "val", "--config", "shapes", "--json")
+    assert shown.returncode == 0, shown.stderr
+    assert json.loads(shown.stdout)["picture"] == str(picture)
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+
+    shard = tmp_path / "shapes/val-00000.arrow"
+    data = bytearray(shard.read_bytes())
+    data[-200] ^= 255
+    shard.write_bytes(bytes(data))
+    damaged = command("data", "check", out, "--json")
+    assert damaged.returncode == 1
+    assert "val-00000.arrow" in json.loads(damaged.stdout)["damage"][0]

@@ -1,0 +1,116 @@
+"""Confusion matrices, scores, the threshold sweep and average precision against plain references."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import average_precision_score
+from sklearn.metrics import confusion_matrix as sklearn_matrix
+
+from cosa_ray.evaluation.confusion import IGNORE, ThresholdSweep, confusion_matrix, scores
+from cosa_ray.evaluation.evaluate import mean_average_precision, tracked_names
+
+
+@pytest.fixture
+def maps() -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(3)
+    truth = rng.integers(0, 5, (3, 17, 23)).astype(np.uint8)
+    truth[rng.random(truth.shape) < 0.1] = IGNORE
+    prediction = np.where(rng.random(truth.shape) < 0.6, truth, rng.integers(0, 5, truth.shape)).astype(np.uint8)
+    return truth, prediction
+
+
+@pytest.mark.golden
+def test_scores_equal_the_release(golden) -> None:
+    given = golden("segmentation_scores")
+    truth = torch.from_numpy(given["ground_truth"])
+    found = scores(confusion_matrix(truth, torch.from_numpy(given["prediction"]), 6))
+    assert found.miou == pytest.approx(given["miou"], abs=1e-9)
+    assert found.pixel_accuracy == pytest.approx(given["pixel_accuracy"], abs=1e-9)
+    assert found.mean_accuracy == pytest.approx(given["mean_accuracy"], abs=1e-9)
+    np.testing.assert_allclose(found.iou, given["iou"], atol=1e-9)
+    pseudo = scores(confusion_matrix(truth, torch.from_numpy(given["pseudo_label"]), 6))
+    assert pseudo.miou == pytest.approx(given["pseudo_miou"], abs=1e-9)
+    np.testing.assert_allclose(pseudo.iou, given["pseudo_iou"], atol=1e-9)
+
+
+def test_confusion_matrix_equals_sklearn(maps) -> None:
+    truth, prediction = maps
+    keep = (truth != IGNORE) & (prediction != IGNORE)
+    expected = sklearn_matrix(truth[keep], prediction[keep], labels=range(5))
+    np.testing.assert_array_equal(confusion_matrix(torch.from_numpy(truth), torch.from_numpy(prediction), 5), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
+def test_confusion_matrix_takes_any_integer(maps, dtype) -> None:
+    truth, prediction = (torch.from_numpy(part) for part in maps)
+    expected = confusion_matrix(truth, prediction, 5)
+    assert torch.equal(confusion_matrix(truth.to(dtype), prediction.to(dtype), 5), expected)
+
+
+@pytest.mark.parametrize("wrong", [5, 6, 254])
+def test_confusion_matrix_refuses_values_that_are_no_class(maps, wrong) -> None:
+    truth, prediction = (torch.from_numpy(part.copy()) for part in maps)
+    truth[0, 0, 0] = wrong
+    prediction[0, 0, 0] = 0
+    with pytest.raises(ValueError, match=r"neither 0\.\.4 nor 255"):
+        confusion_matrix(truth, prediction, 5)
+
+
+def test_miou_counts_classes_with_truth_only() -> None:
+    # Class 2 is predicted and never true, class 3 is neither: both stay out of the mean.
+    truth = torch.tensor([0, 0, 1, 1, 255])
+    prediction = torch.tensor([0, 2, 1, 1, 3])
+    found = scores(confusion_matrix(truth, prediction, 4))
+    np.testing.assert_allclose(found.iou, [0.5, 1.0, np.nan, np.nan])
+    assert found.miou == pytest.approx(0.75)
+    assert found.pixel_accuracy == pytest.approx(0.75)
+
+
+def test_nothing_to_score_is_not_a_number() -> None:
+    found = scores(torch.zeros(3, 3, dtype=torch.int64))
+    assert np.isnan([found.miou, found.pixel_accuracy, found.mean_accuracy, *found.iou]).all()
+
+
+def test_sweep_equals_one_labelling_per_threshold() -> None:
+    rng = np.random.default_rng(0)
+    cam = torch.from_numpy(rng.random((2, 4, 13, 11), dtype=np.float32))
+    # Values exactly on a threshold, and a hair below: `>=` must hold bit for bit.
+    edges = torch.tensor([0.25, 0.5, 0.07, 0.29, 0.57])
+    cam[0, 1, 0, :5] = edges
+    cam[0, 2, 1, :5] = torch.nextafter(edges, torch.zeros(5))
+    cam[0, :, :2, 5:] = 0
+    cam[1, :, 0] = 1.0
+    truth = torch.from_numpy(rng.integers(0, 5, (2, 13, 11)).astype(np.uint8))
+    truth[:, -1] = IGNORE
+    sweep = ThresholdSweep(5)
+    confidence, strongest = cam.max(1)
+    for image in range(2):  # in two parts: counts add up
+        part = slice(image, image + 1)
+        sweep.add(truth[part], strongest[part], sweep.bins(confidence[part]))
+    assert len(sweep.thresholds) == 99
+    mious = []
+    for threshold, matrix in zip(sweep.thresholds, sweep.matrices(), strict=True):
+        labels = torch.where(confidence >= float(threshold), strongest + 1, 0)
+        expected = confusion_matrix(truth, labels, 5).numpy()
+        np.testing.assert_array_equal(matrix, expected)
+        mious.append(scores(expected).miou)
+    best = sweep.best()
+    assert best.miou == max(mious)
+    assert best.threshold == pytest.approx(float(sweep.thresholds[int(np.argmax(mious))]))
+
+
+def test_mean_average_precision_equals_sklearn() -> None:
+    rng = np.random.default_rng(1)
+    labels = (rng.random((60, 7)) < 0.3).astype(np.float32)
+    labels[:, 4] = 0  # no positives: left out
+    logits = np.round(rng.normal(size=(60, 7)) + labels, 1).astype(np.float32)  # many equal scores
+    expected = np.mean([average_precision_score(labels[:, c], logits[:, c]) for c in range(7) if c != 4])
+    assert mean_average_precision(logits, labels) == pytest.approx(expected, abs=1e-12)
+    assert np.isnan(mean_average_precision(logits, np.zeros_like(labels)))
+
+
+def test_metric_names_are_plain_and_distinct() -> None:
+    names = tracked_names(["tv/monitor", "tv monitor", "tv?monitor", "Bär", "..", "a.b-c:d"])
+    assert names == ["tv_monitor", "tv monitor", "tv_monitor_2", "B_r", "_", "a.b-c:d"]
