@@ -147,9 +147,7 @@ def main() -> None:
         machine = {"threads": given.threads, "torch": torch.__version__, "cuda": torch.cuda.is_available()}
         print(json.dumps({"experiment": given.experiment, "median_seconds": medians, "steps": given.steps, **machine}))
         return
-    print(
-        f"{given.experiment}: medians of {given.steps} steps, batch {config.training.batch_size}, {given.threads} threads"
-    )
+    print(f"{given.experiment}, batch {config.training.batch_size}, {given.threads} threads: median of {given.steps}")
     for part, seconds in medians.items():
         print(f"  {part:26s} {1000 * seconds:9.1f} ms {100 * seconds / medians['step']:6.1f} %")
 

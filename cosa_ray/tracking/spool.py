@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -60,9 +61,13 @@ class Spool:
         return name
 
     def read(self, name: str) -> list[Record]:
-        """Records of a segment; a line that is no JSON is left out with a warning."""
-        records = []
-        for line in self._fs.cat_file(posixpath.join(self._path, name)).splitlines():
+        """Records of a segment, none when another process has delivered it; damaged lines are left out with a warning."""
+        records: list[Record] = []
+        try:
+            content = self._fs.cat_file(posixpath.join(self._path, name))
+        except FileNotFoundError:
+            return records
+        for line in content.splitlines():
             try:
                 records.append(json.loads(line))
             except ValueError:
@@ -70,8 +75,9 @@ class Spool:
         return records
 
     def remove(self, name: str) -> None:
-        """Delete a delivered segment."""
-        self._fs.rm_file(posixpath.join(self._path, name))
+        """Delete a delivered segment, unless another process has."""
+        with contextlib.suppress(FileNotFoundError):
+            self._fs.rm_file(posixpath.join(self._path, name))
 
 
 def session_of(segment: str) -> str:

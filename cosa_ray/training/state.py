@@ -53,12 +53,16 @@ def backbone_weights(config: Config) -> dict[str, Tensor] | None:
 
 def read_weights(folder: Path, network: Network, file: str) -> None:
     """Load one network's weights from a checkpoint folder; UserError lists what does not fit."""
-    missing, unexpected = network.load_state_dict(load_file(folder / file), strict=False)
-    if missing or unexpected:
+    state, own = load_file(folder / file), network.state_dict()
+    wrong = sorted(own.keys() ^ state.keys()) + [
+        key for key in own if key in state and own[key].shape != state[key].shape
+    ]
+    if wrong:
         raise UserError(
-            f"{folder / file}: does not fit the network of this config (missing {missing[:3]}, unexpected "
-            f"{unexpected[:3]}); use the config the checkpoint was trained with."
+            f"{folder / file}: does not fit the network of this config ({len(wrong)} tensors missing, unexpected or of "
+            f"another shape: {', '.join(wrong[:3])}...); use the model and classes the checkpoint was trained with."
         )
+    network.load_state_dict(state)
 
 
 @dataclass

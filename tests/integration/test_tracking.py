@@ -236,7 +236,7 @@ def test_a_file_that_is_no_store_and_a_deleted_experiment_are_refused(database, 
     client = Store(database, "").client()
     client.delete_experiment(client.create_experiment("gone"))
     settings = Config.model_validate({"tracking": {"uri": database, "experiment": "gone"}})
-    with pytest.raises(UserError, match="experiment 'gone' .* was deleted"):
+    with pytest.raises(UserError, match=r"experiment 'gone' .* was deleted"):
         open_store(settings, run_name="x", folder=str(tmp_path / "x"))
 
 
