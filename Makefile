@@ -41,7 +41,7 @@ $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	@if $(BIN)/python -c 'import torch' 2>/dev/null; \
 	then grep -vE '^(torch|torchvision|triton|nvidia-|cuda-)' constraints.txt > $(VENV)/constraints.txt; \
 	else cp constraints.txt $(VENV)/constraints.txt; fi
-	$(if $(UV),$(UV) pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet) \
+	$(if $(UV),$(UV) pip install --quiet --compile-bytecode --python $(BIN)/python,$(BIN)/python -m pip install --quiet) \
 		-c $(VENV)/constraints.txt -e '.[test]'
 	@touch $@
 

@@ -38,7 +38,7 @@ def ui(
         say(f"warning: on {host} everybody who reaches this machine can change and delete runs")
     try:
         with Pages(store, host=host, port=port) as pages:
-            print(pages.url, flush=True)
+            print(pages.link(), flush=True)
             say("Ctrl-C stops it")
             pages.wait()
     except KeyboardInterrupt:

@@ -6,7 +6,7 @@ Defaults are the paper's VOC setting (method.md 5 of the CoSA paper, arXiv 2402.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -60,17 +60,7 @@ class Views(Section):
     blur: Fraction = Field(0.5, description="Probability of the Gaussian blur.")
     blur_radius: tuple[NonNegative, NonNegative] = Field((0.1, 2.0), description="Range of the blur radius, pixels.")
     strong: tuple[StrongOperation, ...] = Field(
-        (
-            "identity",
-            "autocontrast",
-            "equalise",
-            "solarise",
-            "colour",
-            "contrast",
-            "brightness",
-            "sharpness",
-            "posterise",
-        ),
+        get_args(StrongOperation),
         min_length=1,
         description="Operations of which the strong view draws one.",
     )

@@ -61,7 +61,7 @@ class Spool:
         return name
 
     def read(self, name: str) -> list[Record]:
-        """Records of a segment, none when another process has delivered it; damaged lines are left out with a warning."""
+        """Records of a segment, none when another process has delivered it; damaged lines are left out."""
         records: list[Record] = []
         try:
             content = self._fs.cat_file(posixpath.join(self._path, name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -14,6 +15,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from threading import Thread
 from typing import IO
+from urllib.parse import urlencode
 
 from cosa_ray.config.schema import Config
 from cosa_ray.errors import RunFailed, UserError
@@ -77,6 +79,18 @@ class Pages(AbstractContextManager["Pages"]):
             self.close()
             raise
 
+    def link(self, experiment: str = Config().tracking.experiment) -> str:
+        """Address of an experiment's runs; of the front page when the store has no such experiment.
+
+        Without the workflow in the address MLflow opens its pages for language models, where runs are hard to find.
+        """
+        query = urlencode({"experiment_name": experiment})
+        try:
+            found = json.loads(self._get(f"/api/2.0/mlflow/experiments/get-by-name?{query}", 30))
+            return f"{self.url}/#/experiments/{found['experiment']['experiment_id']}/runs?workflowType=machine_learning"
+        except (OSError, ValueError, KeyError):
+            return self.url
+
     def wait(self) -> None:
         """Return when the server ends by itself. Raises RunFailed with what it said."""
         code = self.process.wait()
@@ -105,13 +119,17 @@ class Pages(AbstractContextManager["Pages"]):
                 self._reader.join(1)
                 raise RunFailed(f"the MLflow server did not start: {self._last_words()}")
             try:
-                # No proxy: the server is on this machine.
-                opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-                with opener.open(f"{self.url}/health", timeout=2):
-                    return
+                self._get("/health", 2)
+                return
             except OSError:
                 time.sleep(0.1)
         raise RunFailed(f"the MLflow server did not answer in {START_SECONDS:.0f} s: {self._last_words()}")
+
+    def _get(self, path: str, timeout: float) -> bytes:
+        # No proxy: the server is on this machine.
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(self.url + path, timeout=timeout) as answer:
+            return bytes(answer.read())
 
     def _read(self, stream: IO[str]) -> None:
         # Read on, or the server blocks once the pipe is full.

@@ -104,9 +104,11 @@ def resolve(config: Config, track: bool = True) -> Config:
     if config.model.checkpoint:
         changes["model.checkpoint"] = absolute(config.model.checkpoint)
     if track:
-        from cosa_ray.tracking.store import tracking_uri
+        from cosa_ray.tracking.store import sqlite_path, tracking_uri
 
-        changes["tracking.uri"] = tracking_uri(config)
+        # A server's address may come from the environment with a password in it, which no file may hold.
+        if sqlite_path(uri := tracking_uri(config)):
+            changes["tracking.uri"] = uri
     return apply_overrides(config, changes, "resolved config")
 
 

@@ -76,6 +76,7 @@ def evaluate_run(
         target,
         config,
         classes=opened.classes,
+        palette=opened.card.palette,
         thresholds=description.thresholds,
         segment=entry.step > config.training.warmup_iters,
         rank=workers.rank,

@@ -287,6 +287,7 @@ class _Run:
             self.val_split,
             self.config,
             classes=self.dataset.classes,
+            palette=self.dataset.card.palette,
             thresholds=self.state.threshold_values(),
             segment=self.state.step > self.config.training.warmup_iters,
             rank=self.workers.rank,

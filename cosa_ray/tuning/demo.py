@@ -14,6 +14,7 @@ from cosa_ray.config.schema import Config
 from cosa_ray.data.dataset import open_dataset
 from cosa_ray.data.importing import import_dataset
 from cosa_ray.errors import RunFailed
+from cosa_ray.tracking.store import tracking_uri
 from cosa_ray.training.driver import ray_cluster, train
 from cosa_ray.tuning.sweep import SweepProgress, SweepResult, load_sweep, run_sweep
 
@@ -117,5 +118,5 @@ def _loss_curve(config: Config, name: str) -> dict[int, float]:
     result = train(config, name=name)
     if result.mlflow_run_id is None:
         raise RunFailed(f"demo: run {name} did not reach MLflow, so its losses cannot be compared.")
-    points = MlflowClient(tracking_uri=config.tracking.uri).get_metric_history(result.mlflow_run_id, "train/loss")
+    points = MlflowClient(tracking_uri=tracking_uri(config)).get_metric_history(result.mlflow_run_id, "train/loss")
     return {point.step: point.value for point in points}

@@ -89,19 +89,22 @@ def open_trial(trials: Trials, sampled: Mapping[str, Any], trial_id: str, run: R
 def end_trial(run: Run, job: Job, outcome: Outcome) -> None:
     """Write down how a trial ended, in its folder and in MLflow, where no run may stay RUNNING."""
     conclude(run, job, outcome)
-    given_up = outcome.state == "stopped" and is_given_up(run)
+    run = read_run(run.folder.uri) or run
     if outcome.state == "finished" or job.tracking is None:
         return
     from cosa_ray.tracking.tracker import open_tracker
 
     tracker = open_tracker(replace(job.tracking, description=None))
-    if given_up:
+    if outcome.state == "stopped" and is_given_up(run):
         run.checkpoints.drop_full_states()
         tracker.set_tags({STOPPED_BY: "asha"})
         tracker.finish("FINISHED")
     else:
         tracker.set_tags({"cosa_ray.cause": outcome.cause} if outcome.cause else {})
         tracker.finish("KILLED" if outcome.state == "stopped" else "FAILED")
+    # A worker that failed at once may have left its MLflow run to this tracker.
+    if run.record.mlflow_run_id is None:
+        run.update(mlflow_run_id=tracker.run_id)
 
 
 def end_killed(run: Run, trials: Trials, sampled: Mapping[str, Any], trial_id: str, interrupted: bool) -> Run:

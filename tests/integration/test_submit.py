@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -87,9 +88,10 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         finally:
             family = [process, *process.children(recursive=True)]
             process.send_signal(signal.SIGTERM)
-            _, alive = psutil.wait_procs(family, timeout=30)
+            _, alive = psutil.wait_procs(family, timeout=60)  # a head lets its jobs end for thirty seconds
             for left in alive:
-                left.kill()
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    left.kill()
             psutil.wait_procs(alive, timeout=10)
 
 
@@ -158,6 +160,8 @@ def test_ctrl_c_stops_following_not_the_job(head: Head, project: Path) -> None:
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
+        # A test run in the background of a shell ignores SIGINT, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
     for line in process.stdout:

@@ -75,7 +75,7 @@ def test_the_command_prints_a_link_that_answers_and_leaves_no_process(folder, nu
     try:
         assert process.stdout is not None
         link = process.stdout.readline().strip()
-        assert link == f"http://127.0.0.1:{port}"
+        assert link == f"http://127.0.0.1:{port}/#/experiments/1/runs?workflowType=machine_learning"
         with urllib.request.urlopen(link, timeout=60) as page:
             assert b"MLflow" in page.read()
         # MLflow alone starts ten, most of them for jobs that are never run here.
@@ -125,8 +125,6 @@ def test_the_run_is_seen_in_a_browser(folder, tmp_path) -> None:
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import WebDriverWait
 
-    from cosa_ray.tracking.store import Store
-
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
     for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking"):
@@ -134,10 +132,6 @@ def test_the_run_is_seen_in_a_browser(folder, tmp_path) -> None:
     options.add_argument("--window-size=1400,900")
     options.add_argument(f"--user-data-dir={tmp_path / 'profile'}")
     uri = f"sqlite:///{folder}/mlflow.db"
-    client = Store(uri, "cosa-ray").client()
-    experiment = client.get_experiment_by_name("cosa-ray")
-    assert experiment is not None
-    (run,) = client.search_runs([experiment.experiment_id])
     with Pages(uri, port=free_port()) as pages:
         browser = webdriver.Chrome(options, Service(DRIVER))
         try:
@@ -145,11 +139,12 @@ def test_the_run_is_seen_in_a_browser(folder, tmp_path) -> None:
             def shows(text: str) -> None:
                 WebDriverWait(browser, 180).until(lambda page: text in page.find_element(By.TAG_NAME, "body").text)
 
-            browser.get(f"{pages.url}/#/experiments/{experiment.experiment_id}/runs")
+            browser.get(pages.link())
             shows("shapes-in-the-browser")
             browser.save_screenshot(str(tmp_path / "experiment.png"))
-            browser.get(f"{pages.url}/#/experiments/{experiment.experiment_id}/runs/{run.info.run_id}")
+            browser.find_element(By.PARTIAL_LINK_TEXT, "shapes-in-the-browser").click()
             shows("val/miou")
             browser.save_screenshot(str(tmp_path / "run.png"))
+            assert pages.link("no such experiment") == pages.url
         finally:
             browser.quit()

@@ -128,3 +128,17 @@ def test_records_are_plain_json(tmp_path) -> None:
     record = {"kind": "metrics", "time": 1, "step": 2, "values": {"a": float("inf"), "b": 0.1}}
     name = spool.write("s", "metrics", [record])
     assert [json.loads(line) for line in (tmp_path / name).read_text().splitlines()] == [record]
+
+
+def test_two_deliverers_of_one_spool_do_not_trip_each_other(tmp_path) -> None:
+    writer = Lane("metrics", "s", Spool(str(tmp_path)))
+    writer.add({"n": 0})
+    writer.spill()
+    lanes = [Lane("metrics", "", Spool(str(tmp_path))) for _ in range(2)]
+    for lane in lanes:
+        lane.take_over()
+    store = Store()
+    for lane in lanes:
+        lane.deliver(store)
+        assert lane.empty
+    assert store.taken == [0]
