@@ -315,13 +315,15 @@ def test_many_processes_make_one_copy(cache, memory, monkeypatch):
     """The lock: ten threads ask at once, the copying is done once."""
     from cosa_ray.data import remote
 
-    write_dataset(numbered_source(5, val=2), "memory://bucket/set", local=True)
+    card = write_dataset(numbered_source(5, val=2), "memory://bucket/set", local=True)
+    shards = {shard.file: shard.sha256 for split in card.splits.values() for shard in split.shards}
     copied = []
     real = remote._copy
     monkeypatch.setattr(remote, "_copy", lambda *key: copied.append(key[1].name) or real(*key))
     folders = []
+    # Not by open_dataset: the store in memory has one read position for all who read the card.
     threads = [
-        threading.Thread(target=lambda: folders.append(open_dataset("memory://bucket/set").folder)) for _ in range(10)
+        threading.Thread(target=lambda: folders.append(remote.fetch("memory://bucket/set", shards))) for _ in range(10)
     ]
     for thread in threads:
         thread.start()
