@@ -81,14 +81,15 @@ def train(
         return summary(run, Outcome("finished", _last_step(run)))
     preflight(config, initialise=not resume and config.init_from is None)
     show = show or (lambda progress: log.info("%s", progress.line()))
-    with catch_stop() as stop:
-        if local:
-            run, job = prepare(config, name, run, track=track)
+    if local:
+        run, job = prepare(config, name, run, track=track)
+        with catch_stop() as stop:
             result = conclude(run, job, run_worker(job, LocalSession(show, stop)))
-        else:
-            with ray_cluster():
-                run, job = prepare(config, name, run, track=track)
-                result = conclude(run, job, _fit_and_show(job, stop, show))
+    else:
+        # In this order: ray.init puts signal handlers of its own in place.
+        with ray_cluster(), catch_stop() as stop:
+            run, job = prepare(config, name, run, track=track)
+            result = conclude(run, job, _fit_and_show(job, stop, show))
     if result.state in ("failed", "diverged"):
         raise RunFailed(f"run {name} {result.state} at step {result.step}: {result.cause} (folder {result.folder}).")
     return result

@@ -90,13 +90,15 @@ def end_trial(run: Run, job: Job, outcome: Outcome) -> None:
     """Write down how a trial ended, in its folder and in MLflow, where no run may stay RUNNING."""
     conclude(run, job, outcome)
     run = read_run(run.folder.uri) or run
+    given_up = outcome.state == "stopped" and is_given_up(run)
+    if given_up:
+        run.checkpoints.drop_full_states()
     if outcome.state == "finished" or job.tracking is None:
         return
     from cosa_ray.tracking.tracker import open_tracker
 
     tracker = open_tracker(replace(job.tracking, description=None))
-    if outcome.state == "stopped" and is_given_up(run):
-        run.checkpoints.drop_full_states()
+    if given_up:
         tracker.set_tags({STOPPED_BY: "asha"})
         tracker.finish("FINISHED")
     else:
