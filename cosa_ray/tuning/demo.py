@@ -18,7 +18,7 @@ from cosa_ray.tracking.store import tracking_uri
 from cosa_ray.training.driver import ray_cluster, train
 from cosa_ray.tuning.sweep import SweepProgress, SweepResult, load_sweep, run_sweep
 
-TOLERANCE = 1e-3
+TOLERANCE = 1e-4
 STEPS, WARMUP = 100, 50
 
 
@@ -83,6 +83,8 @@ def run_demo(
         say("    " + ", ".join(f"{split}: {card.images} images" for split, card in images.items()))
         say(f"2/3 sweep {name}: {sweep.trials} trials of {base.training.steps} steps")
         result = run_sweep(sweep, base, name=name, show=show)
+        if result.state == "stopped":
+            raise RunFailed(f"demo stopped while sweeping; what was done is in {result.folder} and in MLflow.")
         if result.best is None or result.best_file is None:
             raise RunFailed(f"demo {name}: no trial succeeded (folder {result.folder}).")
         say(f"3/3 the winner for {STEPS} steps with one and with two workers")

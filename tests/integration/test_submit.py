@@ -207,6 +207,6 @@ def test_without_the_right_token_nothing_is_sent(
 
 
 def test_a_wrong_file_is_refused_here(head: Head, project: Path) -> None:
-    ran = submit(head, project, "train", "x.yaml", "--set", "trainng.steps=3")
+    ran = submit(head, project, "train", "x.yaml", "--set", "training.stepz=3")
     assert ran.returncode == 2
     assert "training.steps" in ran.stderr
