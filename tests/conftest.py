@@ -89,9 +89,9 @@ def tiny(tiny_dataset: str, tmp_path: Path) -> Callable[..., Config]:
     return make
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ray_cluster() -> Iterator[str]:
-    """A local Ray cluster of two CPUs for the whole session; yields its address."""
+    """A local Ray cluster of two CPUs for a file of tests (one cluster a host at a time); yields its address."""
     import logging
 
     import ray

@@ -136,12 +136,14 @@ def test_a_failing_job_returns_its_exit_code(head: Head, project: Path) -> None:
     assert "exit code 2" in ran.stderr
 
 
+@pytest.mark.slow
 def test_a_diverging_job_returns_one(head: Head, project: Path) -> None:
     ran = submit(head, project, "train", "x.yaml", "--set", "optimiser.lr=1.0e+30", "--name", "diverging")
     assert ran.returncode == 1
     assert "not finite" in ran.stdout
 
 
+@pytest.mark.slow
 def test_a_sweep_as_a_job(head: Head, project: Path) -> None:
     (project / "s.yaml").write_text("base: x.yaml\nspace: {losses.cam_to_seg: {uniform: [0.1, 0.2]}}\ntrials: 2\n")
     ran = submit(head, project, "tune", "s.yaml", "--name", "job-sweep")
@@ -151,6 +153,7 @@ def test_a_sweep_as_a_job(head: Head, project: Path) -> None:
     assert (project / "runs" / "job-sweep" / "best.yaml").exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_following_not_the_job(head: Head, project: Path) -> None:
     words = ["train", "x.yaml", "--set", "training.steps=2000", "--name", "long", "--address", head.address]
     process = subprocess.Popen(

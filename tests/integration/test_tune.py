@@ -111,6 +111,7 @@ def test_a_sweep_that_cannot_fit_is_refused_not_waited_for(ray_cluster: str, tin
     assert time.monotonic() - began < 60
 
 
+@pytest.mark.slow
 def test_when_every_trial_fails_the_sweep_fails_with_the_cause(ray_cluster: str, tiny: Make) -> None:
     sweep = Sweep.model_validate({"base": "tiny", "space": {"optimiser.lr": {"choice": [1e30]}}, "trials": 1})
     with pytest.raises(RunFailed, match="not finite"):
@@ -118,6 +119,7 @@ def test_when_every_trial_fails_the_sweep_fails_with_the_cause(ray_cluster: str,
     assert idle(ray_cluster)
 
 
+@pytest.mark.slow
 def test_ctrl_c_then_resume(ray_cluster: str, tiny: Make, tmp_path: Path) -> None:
     """Interrupted trials write a checkpoint; resumed, the same trials go on from there and all end."""
     (tmp_path / "base.yaml").write_text(dump_config(tiny(training__steps=400, evaluation__every=200)))
