@@ -12,7 +12,7 @@ from cosa_ray.config.schema import Config
 from cosa_ray.data.dataset import open_dataset
 from cosa_ray.data.importing import import_dataset
 from cosa_ray.training.driver import train
-from cosa_ray.tuning.sweep import load_sweep
+from cosa_ray.tuning.sweepfile import check_sweep, load_sweep
 
 EXPERIMENTS = [name for name in shipped_experiments() if not name.startswith("sweeps/")]
 SWEEPS = [name for name in shipped_experiments() if name.startswith("sweeps/")]
@@ -108,8 +108,7 @@ def test_experiment_trains(name: str, photographs: dict[int, str], tmp_path: Pat
 @pytest.mark.parametrize("name", SWEEPS)
 def test_sweep_validates(name: str) -> None:
     sweep, base = load_sweep(name)
-    assert sweep.space
-    assert base.training.steps > 0
+    check_sweep(sweep, base, name)
 
 
 @pytest.mark.parametrize("name", [name for name in EXPERIMENTS + SWEEPS if not name.startswith("presets/")])
