@@ -168,7 +168,7 @@ def cotraining_step(
             loss = loss + config.losses.contrastive * terms["loss_contrastive"]
             (loss * world).backward()
         _add(totals, terms, loss)
-    return StepOutput(totals, _statistics(counts, values, proposal), proposal)
+    return StepOutput(totals, _statistics(counts, proposal), proposal)
 
 
 def _assign(
@@ -251,9 +251,9 @@ def _terms(
     return terms
 
 
-def _statistics(counts: Tensor, thresholds: dict[str, Tensor], proposal: Proposal | None) -> dict[str, Tensor]:
+def _statistics(counts: Tensor, proposal: Proposal | None) -> dict[str, Tensor]:
     """What is worth a curve besides the losses; 0-dim tensors that hold for the whole global batch."""
-    statistics = {f"threshold_{name}": value for name, value in thresholds.items()}
+    statistics: dict[str, Tensor] = {}
     for suffix, count in (("", counts[:4]), ("_aux", counts[4:8])):
         foreground, background, region = count[:3].unbind()
         labelled = foreground + background

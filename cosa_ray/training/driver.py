@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -156,8 +157,6 @@ def prepare(
 
     `config` is resolved and preflighted. A sweep names its parent run. Raises UserError, with nothing left behind.
     """
-    import sys
-
     nodes = 1
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         ray = sys.modules["ray"]
