@@ -111,7 +111,7 @@ def measure(config: Config, steps: int, dataset: str | None, classes: int) -> li
         )
         before = clock.now()
         finite = torch.ones((), device=workers.device)
-        state.optimise(finite)
+        state.optimise(finite, state.gradient_norm())
         if output.proposal is not None:
             state.thresholds.commit(output.proposal, finite)
         ended = clock.now()

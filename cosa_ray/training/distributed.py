@@ -82,7 +82,7 @@ def _has_bf16(device: torch.device) -> bool:
 
 
 class StepStatus:
-    """What the workers agree on after a step: which loss terms were not finite, and whether to stop.
+    """What the workers agree on after a step: which loss terms (or the gradient) were not finite, and whether to stop.
 
     The sum over workers stays on the device; the host reads the one of the step before, so that no step waits for the
     device. Every worker reads the same numbers at the same step and acts alike.
@@ -92,9 +92,9 @@ class StepStatus:
         self._workers = workers
         self._pending: tuple[int, list[str], Tensor, torch.cuda.Event | None] | None = None
 
-    def share(self, step: int, losses: Mapping[str, Tensor], stop: bool) -> Tensor:
-        """Sum this step's flags over the workers; returns 1.0 where every term of every worker was finite, else 0.0."""
-        flags = torch.stack([(~torch.isfinite(loss)).any() for loss in losses.values()]).float()
+    def share(self, step: int, values: Mapping[str, Tensor], stop: bool) -> Tensor:
+        """Sum this step's flags over the workers; 1.0 where every named value of every worker is finite, else 0.0."""
+        flags = torch.stack([(~torch.isfinite(value)).any() for value in values.values()]).float()
         wish = torch.full((1,), float(stop), device=flags.device)
         total = self._workers.sum(torch.cat([flags, wish]))
         finite = (total[:-1].sum() == 0).float()
@@ -105,7 +105,7 @@ class StepStatus:
             host.copy_(total, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-        self._pending = (step, list(losses), host, event)
+        self._pending = (step, list(values), host, event)
         return finite
 
     def read(self) -> tuple[int, list[str], bool] | None:

@@ -183,8 +183,9 @@ class _Run:
                 for parameter in state.online.decoder_parameters():
                     parameter.grad = torch.zeros_like(parameter)
         agreed = self.status.read()
-        finite = self.status.share(step + 1, output.losses, self.session.stop_wished())
-        norm = state.optimise(finite)
+        norm = state.gradient_norm()
+        finite = self.status.share(step + 1, output.losses | {"gradient": norm}, self.session.stop_wished())
+        state.optimise(finite, norm)
         if output.proposal is not None:
             state.thresholds.commit(output.proposal, finite)
         if log_now:

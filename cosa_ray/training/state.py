@@ -112,15 +112,17 @@ class TrainState:
         """Current thresholds by name, on the host."""
         return {name: value.item() for name, value in self.thresholds.values.items()}
 
-    def optimise(self, finite: Tensor) -> Tensor:
+    def gradient_norm(self) -> Tensor:
+        """Global norm of the gradient, 0-dim on the device; not finite where any part of the gradient is not."""
+        gradients = [p.grad for p in self.online.parameters() if p.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients, foreach=True)
+
+    def optimise(self, finite: Tensor, norm: Tensor) -> None:
         """One optimiser and EMA step at the scheduled rate; `finite` = 0 leaves weights and EMA untouched, on device.
 
-        Returns the gradient's global norm before clipping. A gradient that is not finite counts as finite = 0.
+        `norm` is `gradient_norm`, to clip by.
         """
         config = self.config
-        gradients = [p.grad for p in self.online.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
-        finite = finite * torch.isfinite(norm)
         if config.optimiser.clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.online.parameters(), config.optimiser.clip_norm, norm)
         factor = learning_rate(config.optimiser, config.training.steps, self.step)
@@ -137,7 +139,6 @@ class TrainState:
             momentum = assignment.warmup_momentum
         ema_update(self.assignment, self.online, momentum, finite)
         self.step += 1
-        return norm
 
     def save(self, folder: Path, card: DatasetCard, description: Description) -> None:
         """Write weights, full state, config and description into a local folder."""

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -105,6 +106,27 @@ def test_a_non_finite_loss_stops_the_run_and_is_named(tiny: Make) -> None:
         train(config, name="diverged", local=True)
     run = find_run("diverged", config.storage)
     assert run.record.state == "diverged"
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_too(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    import cosa_ray.training.loop as loop
+
+    original, calls = loop.classification_step, []
+
+    def poisoned(online: torch.nn.Module, *rest: Any, **named: Any) -> Any:
+        output = original(online, *rest, **named)
+        calls.append(online)
+        if len(calls) == 4:
+            next(online.parameters()).grad[0] = torch.inf  # type: ignore[index]
+        return output
+
+    monkeypatch.setattr(loop, "classification_step", poisoned)
+    config = tiny(checkpoint__every=1)
+    with pytest.raises(RunFailed, match=r": gradient not finite at step 4"):
+        train(config, name="overflow", local=True, track=False)
+    latest = find_run("overflow", config.storage).checkpoints.latest()
+    assert latest is not None
+    assert latest.step == 3
 
 
 def test_a_taken_name_is_refused_and_nothing_changes(tiny: Make) -> None:

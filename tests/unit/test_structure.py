@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -116,3 +118,24 @@ def test_worker_floors_import_without_ray_and_mlflow() -> None:
         "import cosa_ray.training.driver, cosa_ray.training.evaluating, cosa_ray.data.importing\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+def test_every_package_imported_is_declared() -> None:
+    """What only happens to be installed on one machine is missing on the next."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [name for names in project["optional-dependencies"].values() for name in names]
+
+    def names(requirements: list[str]) -> set[str]:
+        return {re.split(r"[\[<>=~! ;]", requirement)[0].lower().replace("-", "_") for requirement in requirements}
+
+    inside = {*sys.stdlib_module_names, "cosa_ray", *(file.stem for file in (ROOT / "tests").rglob("*.py"))}
+    known = {"yaml": "pyyaml", "PIL": "pillow", "skimage": "scikit_image", "sklearn": "scikit_learn"}
+    for folder, declared in (
+        ("cosa_ray", names(project["dependencies"] + extras)),
+        ("benchmarks", names(project["dependencies"])),
+        ("tests", names(project["dependencies"] + extras)),
+    ):
+        for file in (ROOT / folder).rglob("*.py"):
+            roots = {name.split(".")[0] for name in imported(file)} - inside
+            missing = {root for root in roots if known.get(root, root).lower() not in declared}
+            assert not missing, f"{file}: {missing} are not in pyproject.toml"
