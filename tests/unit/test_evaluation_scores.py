@@ -7,6 +7,7 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score
 from sklearn.metrics import confusion_matrix as sklearn_matrix
+from torchmetrics.classification import MulticlassJaccardIndex
 
 from cosa_ray.evaluation.confusion import IGNORE, ThresholdSweep, confusion_matrix, scores
 from cosa_ray.evaluation.evaluate import mean_average_precision, tracked_names
@@ -40,6 +41,13 @@ def test_confusion_matrix_equals_sklearn(maps) -> None:
     keep = (truth != IGNORE) & (prediction != IGNORE)
     expected = sklearn_matrix(truth[keep], prediction[keep], labels=range(5))
     np.testing.assert_array_equal(confusion_matrix(torch.from_numpy(truth), torch.from_numpy(prediction), 5), expected)
+
+
+def test_iou_equals_torchmetrics(maps) -> None:
+    truth, prediction = (torch.from_numpy(part).long() for part in maps)
+    prediction[prediction == IGNORE] = 0
+    reference = MulticlassJaccardIndex(num_classes=5, average="none", ignore_index=IGNORE)(prediction, truth)
+    np.testing.assert_allclose(scores(confusion_matrix(truth, prediction, 5)).iou, reference, rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])

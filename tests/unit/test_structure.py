@@ -128,7 +128,7 @@ def test_every_package_imported_is_declared() -> None:
     def names(requirements: list[str]) -> set[str]:
         return {re.split(r"[\[<>=~! ;]", requirement)[0].lower().replace("-", "_") for requirement in requirements}
 
-    inside = {*sys.stdlib_module_names, "cosa_ray", *(file.stem for file in (ROOT / "tests").rglob("*.py"))}
+    inside = {*sys.stdlib_module_names, "cosa_ray", "tests", *(file.stem for file in (ROOT / "tests").rglob("*.py"))}
     known = {"yaml": "pyyaml", "PIL": "pillow", "skimage": "scikit_image", "sklearn": "scikit_learn"}
     for folder, declared in (
         ("cosa_ray", names(project["dependencies"] + extras)),

@@ -85,7 +85,7 @@ def test_asha_asks_the_worse_trial_to_end_and_tune_to_go_on(watch: Watch) -> Non
 
 
 def test_what_tune_pickles_comes_back_without_the_watch(watch: Watch) -> None:
-    import cloudpickle
+    from ray import cloudpickle
 
     from cosa_ray.tuning.hooks import Follow, StepAsha
 
