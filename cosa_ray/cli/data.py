@@ -16,6 +16,7 @@ from cosa_ray.errors import UserError
 if TYPE_CHECKING:
     from cosa_ray.data.card import DatasetCard
     from cosa_ray.data.check import CheckReport
+    from cosa_ray.data.importing import Progress
 
 app = typer.Typer(no_args_is_help=True, help="Make datasets, check them, look at them.")
 import_ = typer.Typer(
@@ -44,7 +45,7 @@ def shapes(
     train: Annotated[int, typer.Option(help="Training images.")] = 2000,
     val: Annotated[int, typer.Option(help="Validation images.")] = 200,
     size: Annotated[int, typer.Option(help="Side of the images, pixels.")] = 96,
-    seed: Annotated[int, typer.Option(help="Seed of the pictures.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the pictures.")] = 0,
     strict: Strict = False,
     local: Local = False,
     as_json: AsJson = False,
@@ -114,14 +115,10 @@ def folder(
 def _import(
     kind: str, source: str | None, out: str, options: dict[str, Any], strict: bool, local: bool, as_json: bool
 ) -> None:
-    from cosa_ray.data.importing import Progress, import_dataset
+    from cosa_ray.data.importing import import_dataset
 
     started = time.monotonic()
-    with json_only(as_json) as emit, _bar(f"import {kind}") as show:
-
-        def progress(at: Progress) -> None:
-            show(at.done, at.total)
-
+    with json_only(as_json) as emit, import_progress(kind) as progress:
         try:
             card = import_dataset(kind, source, out, strict=strict, local=local, progress=progress, **options)
         except KeyboardInterrupt:
@@ -156,7 +153,7 @@ def check(dataset: Dataset, as_json: AsJson = False) -> None:
 
     with json_only(as_json) as emit:
         with _bar("check") as show:
-            report = check_dataset(dataset, show)
+            report = check_dataset(dataset, lambda done, total: show(done, total, 0))
         emit(report.model_dump(mode="json"))
     if not as_json:
         _print_report(report)
@@ -208,7 +205,9 @@ def show(
     split: Annotated[str, typer.Option(help="Split to show.")] = "train",
     images: Annotated[int, typer.Option(min=1, help="Images to show.")] = 8,
     config: Annotated[str | None, typer.Option(help="Experiment whose views are shown, by name or path.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the draw [default: the experiment's, else 0].")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=2**63 - 1, help="Seed of the draw [default: the experiment's, else 0].")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a contact sheet: images, masks, labels, and the weak and strong views as training sees them."""
@@ -220,7 +219,8 @@ def show(
     with json_only(as_json) as emit:
         settings = Config() if config is None else load_config(config, [])
         drawn = settings.seed if seed is None else seed
-        sheet = contact_sheet(open_dataset(dataset), split, views=settings.views, seed=drawn, images=images)
+        opened, batch = open_dataset(dataset), settings.training.batch_size
+        sheet = contact_sheet(opened, split, views=settings.views, seed=drawn, images=images, batch_size=batch)
         try:
             sheet.save(out, "PNG")
         except OSError as error:
@@ -230,27 +230,44 @@ def show(
 
 
 @contextlib.contextmanager
-def _bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """Yield a function told images done and in all: a live bar on a terminal, else a line now and then."""
+def import_progress(kind: str) -> Iterator[Callable[[Progress], None]]:
+    """Yield a function that shows how far an import is."""
+    with _bar(f"import {kind}") as show:
+        yield lambda at: show(at.done, at.total, at.put_aside)
+
+
+@contextlib.contextmanager
+def _bar(title: str) -> Iterator[Callable[[int, int, int], None]]:
+    """Yield a function told images done, in all and put aside: a live bar on a terminal, else a line now and then."""
     if not sys.stderr.isatty():
         last = time.monotonic()
 
-        def plain(done: int, total: int) -> None:
+        def plain(done: int, total: int, aside: int) -> None:
             nonlocal last
             if done == total or time.monotonic() - last >= PLAIN_SECONDS:
                 last = time.monotonic()
-                say(f"{title}: {done} of {total} images")
+                say(f"{title}: {done} of {total} images{_and_aside(aside)}")
 
         yield plain
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("images{task.fields[aside]}"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(title, total=None)
+        task = bar.add_task(title, total=None, aside="")
 
-        def live(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
+        def live(done: int, total: int, aside: int) -> None:
+            bar.update(task, completed=done, total=total, aside=_and_aside(aside))
 
         yield live
+
+
+def _and_aside(count: int) -> str:
+    return f", {count} put aside" if count else ""

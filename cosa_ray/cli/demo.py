@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cosa_ray.cli.output import json_only, say, table
+from cosa_ray.cli.output import json_only, progress_line, say, table
 from cosa_ray.cli.train import AsJson
 
 
@@ -19,11 +19,15 @@ def demo(
     Example: cosa-ray demo
     """
     with json_only(as_json) as emit:
-        from cosa_ray.cli.tune import print_sweep, sweep_progress
-        from cosa_ray.tuning.demo import run_demo
+        from functools import partial
 
-        with sweep_progress() as show:
-            result = run_demo(folder, say=say, show=show)
+        from cosa_ray.cli.data import import_progress
+        from cosa_ray.cli.tune import print_sweep, sweep_progress
+        from cosa_ray.tracking.ui import command_to_show
+        from cosa_ray.tuning.demo import Displays, run_demo
+
+        displays = Displays(partial(import_progress, "shapes"), sweep_progress, progress_line)
+        result = run_demo(folder, say=say, displays=displays)
         if not as_json:
             print_sweep(result.sweep)
             table(
@@ -32,5 +36,5 @@ def demo(
                 [[str(s), f"{a:.6f}", f"{b:.6f}", f"{abs(a - b):.1e}"] for s, a, b in result.shown_losses()],
             )
         say(result.verdict())
-        say(f"compare the trials in MLflow: cosa-ray ui  ({result.sweep.tracking_uri})")
+        say(f"compare the trials in MLflow: {command_to_show(result.sweep.tracking_uri or '')}")
         emit(result.as_json())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -50,6 +50,22 @@ def _options(
     pass
 
 
+# What typer raises for a command line it does not take; the class behind it has no public name in every version.
+_FlagError = cast("type[Exception]", typer.BadParameter.__mro__[2])
+
+
+def _explain(error: Any) -> int:
+    """Say what is wrong with a command line in one sentence, or show the help of a bare command; the exit code."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        if text := error.format_message():
+            print(text, file=sys.stderr)
+        return 2
+    command = error.ctx.command_path if getattr(error, "ctx", None) else "cosa-ray"
+    sentence = " ".join(error.format_message().split()).rstrip(".")
+    print(f"cosa-ray: {sentence[:1].lower()}{sentence[1:]}; see {command} --help.", file=sys.stderr)
+    return 2
+
+
 def main(words: list[str] | None = None) -> None:
     """Run the command line. Exit code 0: done; 2: the user's mistake; 1: a failure; 130: interrupted."""
     words = list(sys.argv[1:] if words is None else words)
@@ -58,7 +74,12 @@ def main(words: list[str] | None = None) -> None:
     words = [word for word in words if word != "--verbose"]
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
-        app(words, prog_name="cosa-ray")
+        code = app(words, prog_name="cosa-ray", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except _FlagError as error:
+        sys.exit(_explain(error))
+    except typer.Abort:
+        sys.exit(130)
     except (UserError, RunFailed) as error:
         if verbose:
             raise

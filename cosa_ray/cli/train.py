@@ -41,6 +41,7 @@ def train(
 
         name = f"{Path(file).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     with json_only(as_json) as emit:
+        from cosa_ray.tracking.ui import command_to_show
         from cosa_ray.training.driver import train as run
 
         with progress_line() as show:
@@ -52,6 +53,6 @@ def train(
         say(f"checkpoints and config: {result.folder}")
         if result.state == "stopped":
             say(f"continue with: cosa-ray train {file} --name {result.name} --resume")
-        if result.mlflow_run_id:
-            say(f"MLflow run {result.mlflow_run_id}: cosa-ray ui")
+        if result.mlflow_run_id and result.tracking_uri:
+            say(f"MLflow run {result.mlflow_run_id}: {command_to_show(result.tracking_uri)}")
         emit(result.as_json())

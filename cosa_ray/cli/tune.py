@@ -41,6 +41,7 @@ def tune(
     sweep, base = load_sweep(file, set_ or [])
     name = name or f"{find_sweep(file).stem}-sweep-{time.strftime('%Y%m%d-%H%M%S')}"
     with json_only(as_json) as emit:
+        from cosa_ray.tracking.ui import command_to_show
         from cosa_ray.tuning.sweep import run_sweep
 
         with sweep_progress() as show:
@@ -52,8 +53,8 @@ def tune(
         if result.state == "stopped":
             words = "".join(f" --set {word}" for word in set_ or [])
             say(f"stopped; continue with: cosa-ray tune {file}{words} --name {name} --resume")
-        if result.parent_run_id:
-            say(f"MLflow run {result.parent_run_id} and its children: cosa-ray ui  ({result.tracking_uri})")
+        if result.parent_run_id and result.tracking_uri:
+            say(f"MLflow run {result.parent_run_id} and its children: {command_to_show(result.tracking_uri)}")
         emit(result.as_json())
 
 

@@ -30,8 +30,8 @@ def ui(
     if is_server(store):
         print(shown(store))
         return
-    # Ended by a service manager or a closed terminal, the server must go as with Ctrl-C.
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    # Ended by a service manager, a closed terminal or from a background shell, the server must go as with Ctrl-C.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
     say(f"starting MLflow on {shown(store)} ...")
     if host not in ("127.0.0.1", "localhost", "::1"):

@@ -6,9 +6,13 @@ Defaults are the paper's VOC setting (method.md 5 of the CoSA paper, arXiv 2402.
 
 from __future__ import annotations
 
+import posixpath
+import re
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from cosa_ray.config.credentials import holds_secret
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 OpenFraction = Annotated[float, Field(gt=0.0, lt=1.0)]
@@ -30,6 +34,7 @@ StrongOperation = Literal[
 ]
 Policy = Literal["single", "reliability", "two_threshold"]
 Precision = Literal["auto", "fp32", "bf16"]
+_TAG_KEY = re.compile(r"[/\w.\- :]{1,250}")
 
 
 class Section(BaseModel):
@@ -176,7 +181,7 @@ class DynamicThreshold(Section):
     bins: Annotated[int, Field(ge=256)] = Field(256, description="Histogram bins over [0, 1].")
     minimum: Fraction = Field(0.05, description="CAM values below this do not count.")
     momentum: Fraction = Field(0.99, description="EMA momentum of the thresholds, each step.")
-    bounds: tuple[Fraction, Fraction] = Field((0.05, 0.95), description="Range the thresholds are clamped to.")
+    bounds: tuple[OpenFraction, OpenFraction] = Field((0.05, 0.95), description="Range the thresholds are clamped to.")
     start: Literal["extremes", "quantiles"] = Field(
         "extremes",
         description="Start of the means: extremes = min(, median), max as the release; quantiles = spread evenly.",
@@ -187,6 +192,13 @@ class DynamicThreshold(Section):
     max_iterations: Count = Field(100, description="Cap on the EM iterations.")
     between_means: bool = Field(False, description="Search the boundary only between the two components' means.")
     min_values: Count = Field(100, description="Fewer counted CAM values than this: keep the threshold.")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> DynamicThreshold:
+        low, high = self.bounds
+        if low >= high:
+            raise ValueError(f"dynamic_threshold.bounds must be [low, high] with low < high, got [{low}, {high}]")
+        return self
 
 
 class Losses(Section):
@@ -288,6 +300,27 @@ class Tracking(Section):
     log_every: Count = Field(50, description="Steps between logged training metrics.")
     tags: dict[str, str] = Field(default_factory=dict, description="Extra MLflow tags.")
 
+    @model_validator(mode="after")
+    def _can_be_written_down(self) -> Tracking:
+        if self.uri is not None and holds_secret(self.uri):
+            raise ValueError(
+                "tracking.uri holds a password, and a config is copied into every run and checkpoint; leave it out and "
+                "set MLFLOW_TRACKING_URI, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, in the environment"
+            )
+        for key in self.tags:
+            # MLflow refuses a whole batch of tags for one of them.
+            if (
+                not _TAG_KEY.fullmatch(key)
+                or posixpath.normpath(key) != key
+                or key.startswith(("..", "/"))
+                or key == "."
+            ):
+                raise ValueError(
+                    f"tracking.tags.{key}: MLflow takes up to 250 letters, digits, '_', '-', '.', ' ', ':' and '/' "
+                    "that read as a relative path; rename the tag"
+                )
+        return self
+
 
 class Resources(Section):
     """What one worker is given by Ray. null CPUs: the cluster's CPUs shared out evenly."""
@@ -295,7 +328,9 @@ class Resources(Section):
     cpus_per_worker: Positive | None = Field(
         None, description="Logical CPUs a worker; null derives it from the cluster."
     )
-    gpus_per_worker: NonNegative = Field(0.0, description="GPUs a worker; fractions share one.")
+    gpus_per_worker: NonNegative = Field(
+        0.0, description="GPUs a worker; runs of one worker may share one by fractions."
+    )
     max_failures: CountOrZero = Field(3, description="Restarts after a worker failure before the run is given up.")
 
 
@@ -338,6 +373,14 @@ class Config(Section):
             raise ValueError(
                 f"optimiser.warmup_steps ({self.optimiser.warmup_steps}) must be below "
                 f"training.steps ({training.steps})"
+            )
+        gpus = self.resources.gpus_per_worker
+        if gpus % 1 and (self.workers > 1 or gpus > 1):
+            raise ValueError(
+                f"resources.gpus_per_worker ({gpus:g}) must be whole with {self.workers} workers, because each needs a "
+                "GPU of its own; set it to 1, or workers to 1 for runs that share a GPU"
+                if self.workers > 1
+                else f"resources.gpus_per_worker ({gpus:g}) must be whole or below 1, because Ray splits one GPU only"
             )
         two = self.pseudo_labels.policy == "two_threshold"
         if two and self.losses.contrastive > 0 and self.contrastive.threshold is None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from cosa_ray.data.remote import Place
+from cosa_ray.data.remote import NotThere, Place
 from cosa_ray.errors import UserError
 
 CARD = "dataset.json"
@@ -84,13 +84,14 @@ class DatasetCard(_Part):
 
 
 def read_card(folder: Place) -> DatasetCard:
-    """The card of a dataset folder. Raises UserError when there is none, it is damaged, or of another version."""
+    """The card of a dataset folder. Raises NotThere without one, UserError when it is damaged or of another version."""
     try:
         text = folder.child(CARD).read()
     except FileNotFoundError:
         unfinished = " (an import into it was interrupted: run the same import again to finish it)"
         hint = unfinished if folder.child("_import").exists() else ""
-        raise UserError(
+        hint += "" if folder.local else ", or it cannot be reached"  # over HTTP these look the same
+        raise NotThere(
             f"no dataset at {folder.uri}{hint}: make one with `cosa-ray data import shapes|voc|coco|folder ...`"
         ) from None
     try:

@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from cosa_ray.data.card import DatasetCard, ShardCard, SplitCard, read_card, write_card
+from cosa_ray.data.card import CARD, DatasetCard, ShardCard, SplitCard, read_card, write_card
 from cosa_ray.data.pictures import decode_indices, decode_rgb
-from cosa_ray.data.remote import cached, fetch, place
+from cosa_ray.data.remote import NotThere, cached, fetch, place, reaching, say_copy
 from cosa_ray.data.shard import map_shard
 from cosa_ray.errors import UserError
 
@@ -159,19 +159,19 @@ def locate_dataset(uri: str) -> tuple[Path, DatasetCard]:
 
     When the remote cannot be reached, the newest copy of this node serves. Raises UserError when there is no dataset.
     """
-    where = place(uri)
-    if where.local is not None:
-        return where.local, read_card(where)
     try:
-        card = read_card(where)
-    except OSError as error:
-        copy = cached(uri)
+        where = place(uri)
+        with reaching(uri):
+            card = read_card(where)
+        folder = fetch(uri, {shard.file: shard.sha256 for split in card.splits.values() for shard in split.shards})
+    except NotThere as error:
+        copy = cached(uri, having=CARD)
         if copy is None:
-            raise UserError(f"cannot read {uri} ({error}): check the address and the network") from None
+            raise
+        say_copy(uri, str(error), copy)
         return copy, read_card(place(copy))
-    files = {shard.file: shard.sha256 for split in card.splits.values() for shard in split.shards}
-    folder = fetch(uri, files)
-    write_card(card, place(folder))  # after the shards, as everywhere; the card itself may change without them
+    if where.local is None:
+        write_card(card, place(folder))  # after the shards, as everywhere; the card itself may change without them
     return folder, card
 
 

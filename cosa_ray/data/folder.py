@@ -6,17 +6,20 @@ import csv
 import hashlib
 import io
 import json
+import re
+from collections import defaultdict
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cosa_ray.data.pictures import Broken, Palette, voc_palette
 from cosa_ray.data.remote import Place, place
 from cosa_ray.data.shard import Row
-from cosa_ray.data.source import Source, read_file, stored_row
+from cosa_ray.data.source import MAX_CLASSES, Source, check_classes, read_file, read_text, stored_row
 from cosa_ray.errors import UserError
 
 _ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _YES = ("1", "1.0", "true", "yes", "x")
+_SPLIT = re.compile(r"[A-Za-z0-9_-]+")  # part of the names of shards
 _NO = ("", "0", "0.0", "false", "no", "-1", "-1.0")
 
 
@@ -45,7 +48,8 @@ def folder_source(uri: str, *, labels: str | None = None, val_fraction: float = 
       for each class instead of `labels`;
     - JSON {image: [class, ...]}, or {split: {image: [class, ...]}}.
 
-    Classes are those of `classes.txt` (one a line, optionally followed by its colour: `name r g b`; a first line
+    Images are named in full, or without the ending where only one file has that name. Classes are those of
+    `classes.txt` (one a line, optionally followed by its colour: `name r g b`, and optionally numbered; a first line
     `background` is allowed), else every name that occurs, sorted. Without splits everything is `train`, less the
     `val_fraction` of the images (chosen by a hash of the name) that become `val`.
     Raises UserError when the folder or the label file is not as described.
@@ -57,24 +61,31 @@ def folder_source(uri: str, *, labels: str | None = None, val_fraction: float = 
         raise UserError(f"val_fraction must be at least 0 and below 1, not {val_fraction}")
     file = _label_file(root, labels)
     entries, columns = _entries(file)
-    classes, colours = _classes(root, columns or sorted({name for entry in entries for name in entry.labels}))
+    classes, colours = _classes(root, file, columns or sorted({name for entry in entries for name in entry.labels}))
     images = root.child("images") if root.child("images").is_folder() else root
-    there = {name.rpartition(".")[0]: name for name in images.names(True) if name.lower().endswith(_ENDINGS)}
-    masks = {name.rpartition(".")[0]: name for name in root.child("masks").names(True) if name.lower().endswith(".png")}
+    there = _Files(images, _ENDINGS)
+    masks = _Files(root.child("masks"), (".png",))
     splits: dict[str, list[_Sample]] = {}
-    seen: set[str] = set()
+    named_before: set[str] = set()
+    mask_of: dict[str, str] = {}
     for image, named, split in entries:
-        stem = image.rpartition(".")[0] if image.lower().endswith(_ENDINGS) else image
-        stem = stem if stem in there else stem.removeprefix("images/")
-        if stem in seen:
+        found = there.find(image, file)
+        stem = _stem(found or image)
+        name = stem if found is None or len(there.stems[stem]) == 1 else found
+        if name in named_before:
             raise UserError(f"{file.uri} names {image} twice: leave one line for each image")
-        seen.add(stem)
+        named_before.add(name)
+        mask = None if found is None else masks.first(found) or masks.first(stem)
+        if mask is not None and found is not None and mask_of.setdefault(mask, found) != found:
+            raise UserError(
+                f"the mask {mask} may belong to {mask_of[mask]} or to {found}: name the masks {mask_of[mask]}.png "
+                f"and {found}.png"
+            )
         if not split:
-            split = "val" if _share(stem) < val_fraction else "train"
-        splits.setdefault(split, []).append(_Sample(stem, there.get(stem), masks.get(stem), named))
-    for split in splits:
-        if not split.replace("-", "").replace("_", "").isalnum():
-            raise UserError(f"{file.uri} names the split {split!r}: use letters, digits, - and _")
+            split = "val" if _share(name) < val_fraction else "train"
+        elif not _SPLIT.fullmatch(split):
+            raise UserError(f"{file.uri} names the split {split!r}: use the letters a to z, digits, - and _")
+        splits.setdefault(split, []).append(_Sample(name, found, mask, named))
     return Source(
         kind="folder",
         uri=uri,
@@ -82,10 +93,44 @@ def folder_source(uri: str, *, labels: str | None = None, val_fraction: float = 
         classes=classes,
         palette=colours,
         labels_from=file.path.rpartition("/")[2],
-        masks_from="masks" if masks else "none",
+        masks_from="masks" if masks.names else "none",
         splits=splits,
         reader=_Reader(images, root.child("masks"), classes, colours),
+        root=images,
     )
+
+
+def _stem(name: str) -> str:
+    return name.rpartition(".")[0] if name.lower().endswith(_ENDINGS) else name
+
+
+class _Files:
+    """The files of a folder, and of the folders in it, by name and by stem."""
+
+    def __init__(self, folder: Place, endings: tuple[str, ...]) -> None:
+        listed = (name for name in folder.names(True) if name.lower().endswith(endings))
+        self.names = {name for name in listed if not name.rpartition("/")[2].startswith(".")}
+        self.stems: dict[str, list[str]] = defaultdict(list)
+        for name in sorted(self.names):
+            self.stems[_stem(name)].append(name)
+
+    def find(self, image: str, file: Place) -> str | None:
+        """The file that the label file means: of that name, else the only one of that stem."""
+        for wanted in (image, image.removeprefix("images/")):
+            if wanted in self.names:
+                return wanted
+        for wanted in (_stem(image), _stem(image).removeprefix("images/")):
+            if len(self.stems.get(wanted, ())) > 1:
+                raise UserError(
+                    f"{file.uri} names {image}, and there are {' and '.join(self.stems[wanted])}: write the full name"
+                )
+            if wanted in self.stems:
+                return self.stems[wanted][0]
+        return None
+
+    def first(self, stem: str) -> str | None:
+        """A file of this stem."""
+        return next(iter(self.stems.get(stem, ())), None)
 
 
 @dataclass(frozen=True)
@@ -110,7 +155,9 @@ class _Reader:
 
 def _label_file(root: Place, labels: str | None) -> Place:
     for name in (labels,) if labels else ("labels.csv", "labels.json"):
-        if (file := root.child(name)).exists():
+        if (file := root.child(name)).is_folder():
+            raise UserError(f"{file.uri} is a folder: give the label file in it, a CSV or JSON")
+        if file.exists():
             return file
     raise UserError(
         f"{root.uri} has no {labels or 'labels.csv or labels.json'}: write one, see `data import folder --help`"
@@ -119,15 +166,24 @@ def _label_file(root: Place, labels: str | None) -> Place:
 
 def _entries(file: Place) -> tuple[list[_Entry], list[str]]:
     """Lines of the label file, and the classes that its columns name (none for lists of names)."""
+    text = read_text(file)
     try:
-        text = file.read().decode("utf-8-sig")
         return (_json_entries(text), []) if file.path.endswith(".json") else _csv_entries(text)
-    except (ValueError, csv.Error) as error:  # of encoding, of JSON, and those raised below
+    except (ValueError, RecursionError, csv.Error) as error:  # of JSON, and those raised below
         raise UserError(f"{file.uri} cannot be used: {error}") from None
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"it names {key} twice")
+        found[key] = value
+    return found
+
+
 def _json_entries(text: str) -> list[_Entry]:
-    content = json.loads(text)
+    content = json.loads(text, object_pairs_hook=_once)
     if not isinstance(content, dict) or not content:
         raise ValueError("it must be an object {image: [class, ...]} or {split: {image: [class, ...]}}")
     nested = all(isinstance(value, dict) for value in content.values())
@@ -136,19 +192,36 @@ def _json_entries(text: str) -> list[_Entry]:
         for image, names in images.items():
             if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
                 raise ValueError(f"the labels of {image} are not a list of names")
-            entries.append(_Entry(image, tuple(names), split))
+            if not all(name.strip() for name in names):
+                raise ValueError(f"a label of {image} is empty")
+            entries.append(_Entry(image, tuple(name.strip() for name in names), split))
+    if not entries:
+        raise ValueError("it names no image")
     return entries
 
 
 def _csv_entries(text: str) -> tuple[list[_Entry], list[str]]:
     table = csv.DictReader(io.StringIO(text))
     fields = [field.strip() for field in table.fieldnames or ()]
+    while fields and not fields[-1]:  # spreadsheets end lines with empty cells
+        fields.pop()
     if "image" not in fields or len(fields) < 2:
         raise ValueError("its first line must name the columns: image, and labels or one column a class")
+    if "" in fields:
+        raise ValueError(f"column {fields.index('') + 1} has no name in its first line")
+    twice = next((field for index, field in enumerate(fields) if field in fields[:index]), None)
+    if twice is not None:
+        raise ValueError(f"its first line names the column {twice!r} twice")
     table.fieldnames = fields
     columns = [] if "labels" in fields else [field for field in fields if field not in ("image", "split")]
     entries = []
     for row in table:
+        more = next((cell.strip() for cell in row.get(None) or () if cell.strip()), None)
+        if more is not None:
+            raise ValueError(
+                f"line {table.line_num} has more cells than its first line names columns ({more!r} is one too many; "
+                "several labels go into one cell, with ; between them)"
+            )
         image = (row["image"] or "").strip()
         if not image:
             raise ValueError(f"line {table.line_num} names no image")
@@ -166,32 +239,48 @@ def _csv_entries(text: str) -> tuple[list[_Entry], list[str]]:
     return entries, columns
 
 
-def _classes(root: Place, occurring: list[str]) -> tuple[tuple[str, ...], Palette]:
+def _classes(root: Place, labels: Place, occurring: list[str]) -> tuple[tuple[str, ...], Palette]:
+    """Classes and colours of classes.txt, else of what the label file names."""
     file = root.child("classes.txt")
     if not file.exists():
         if not occurring:
             raise UserError(f"{root.uri} names no class: label at least one image, or list the classes in classes.txt")
+        check_classes(occurring, labels.uri)
         return tuple(occurring), voc_palette(len(occurring) + 1)
-    names: list[str] = []
+    lines: list[list[str]] = []
     colours: dict[int, tuple[int, int, int]] = {}
-    for line in file.read().decode("utf-8-sig").splitlines():
-        words = line.split()
-        if not words:
-            continue
-        if len(words) > 3 and all(word.isdigit() and int(word) < 256 for word in words[-3:]):
+    for words in filter(None, (line.split() for line in read_text(file).splitlines())):
+        if len(words) > 3 and all(word.isdecimal() and int(word) < 256 for word in words[-3:]):
             red, green, blue = (int(word) for word in words[-3:])
-            colours[len(names)] = (red, green, blue)
+            colours[len(lines)] = (red, green, blue)
             words = words[:-3]
-        if len(words) > 1 and words[0] == str(len(names)):  # "0 background"
-            words = words[1:]
-        names.append(" ".join(words))
-    if names[:1] != ["background"]:
+        lines.append(words)
+    for start in (0, 1):  # "0 background", "1 cat", ..., or from 1 without the background
+        if all(len(words) > 1 and words[0] == str(start + number) for number, words in enumerate(lines)):
+            lines = [words[1:] for words in lines]
+            break
+    names = [" ".join(words) for words in lines]
+    if [name.lower() for name in names[:1]] != ["background"]:
         names.insert(0, "background")
         colours = {index + 1: colour for index, colour in colours.items()}
-    if len(names) < 2 or len(set(names)) != len(names):
-        raise UserError(f"{file.uri} must name every class once, one a line")
+    check_classes(names[1:], file.uri)
+    return tuple(names[1:]), _palette(names, colours, file)
+
+
+def _palette(names: list[str], given: dict[int, tuple[int, int, int]], file: Place) -> Palette:
+    """The given colours, and for the other names those of VOC, where they are free."""
+    owners: dict[tuple[int, int, int], int] = {}
+    for index, colour in given.items():
+        if owners.setdefault(colour, index) != index:
+            both = f"{names[owners[colour]]} and {names[index]}"
+            raise UserError(f"{file.uri} gives {both} the colour {' '.join(map(str, colour))}: give each its own")
     default = voc_palette(len(names))
-    return tuple(names[1:]), tuple(colours.get(index, default[index]) for index in range(len(names)))
+    for index in range(len(names)):
+        if index not in given:
+            owners.setdefault(default[index], index)
+    free = (colour for colour in voc_palette(MAX_CLASSES + 1) if colour not in owners)
+    of = {index: colour for colour, index in owners.items()}
+    return tuple(of[index] if index in of else next(free) for index in range(len(names)))
 
 
 def _share(name: str) -> float:

@@ -10,6 +10,7 @@ from PIL import Image, UnidentifiedImageError
 IGNORED = 255
 Palette = tuple[tuple[int, int, int], ...]
 
+_VOID = (224 << 16) + (224 << 8) + 192  # VOC's border
 _KEPT = ("JPEG", "MPO", "PNG", "WEBP")
 
 
@@ -81,8 +82,9 @@ def checked_image(data: bytes) -> tuple[bytes, int, int]:
 def checked_mask(data: bytes, height: int, width: int, num_classes: int, palette: Palette) -> np.ndarray:
     """Class indices, uint8 (H, W), of a mask file: indices (grey or palette PNG) or colours. Raises Broken.
 
-    Values are 0 (background), 1..num_classes, and 255 (ignored). A palette file whose indices are not classes, and an
-    RGB one, are read by colour; white-ish (224, 224, 192), VOC's border, is ignored.
+    Values are 0 (background), 1..num_classes, and 255 (ignored). A palette file is read by its colours when all of
+    those in use are the data set's, because programs that rewrite pictures number colours anew; else by its indices. An
+    RGB file is read by colour. (224, 224, 192), VOC's border, is ignored.
     """
     try:
         image: Image.Image = Image.open(io.BytesIO(data))
@@ -90,34 +92,63 @@ def checked_mask(data: bytes, height: int, width: int, num_classes: int, palette
     except Exception as error:
         raise Broken(f"the mask cannot be decoded ({_short(error)})") from None
     if image.size != (width, height):
-        raise Broken(f"the mask is {image.width} x {image.height} and the image {width} x {height}")
-    if image.mode in ("1", "L", "P") or image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.int64)
-        strange = np.unique(values[(values > num_classes) & (values != IGNORED) | (values < 0)])
-        if not strange.size:
-            return values.astype(np.uint8)
-        beyond = Broken(f"the mask holds {_some(strange)}, beyond the {num_classes} classes")
-        if image.mode != "P":
-            raise beyond
-        try:
-            return _by_colour(np.asarray(image.convert("RGB")), palette)
-        except Broken:
-            raise beyond from None
-    elif image.mode not in ("RGB", "RGBA"):
+        sizes = f"the mask is {image.width} x {image.height} and the image {width} x {height}"
+        turned = ": the image seems to be turned by its EXIF rotation, which masks do not follow"
+        raise Broken(sizes + (turned if image.size == (height, width) else ""))
+    if image.mode == "P":
+        meaning = _meaning(image, palette)
+        return _by_index(np.asarray(image), num_classes) if meaning is None else meaning[np.asarray(image)]
+    if image.mode in ("1", "L") or image.mode.startswith("I"):
+        return _by_index(np.asarray(image).astype(np.int64), num_classes)
+    if image.mode not in ("RGB", "RGBA"):
         raise Broken(f"the mask has mode {image.mode}, neither indices nor colours")
     return _by_colour(np.asarray(image.convert("RGB")), palette)
 
 
+def _by_index(values: np.ndarray, num_classes: int) -> np.ndarray:
+    strange = np.unique(values[(values > min(num_classes, IGNORED - 1)) & (values != IGNORED) | (values < 0)])
+    if strange.size:
+        raise Broken(f"the mask holds {_some(strange)}, beyond the {num_classes} classes")
+    return values.astype(np.uint8)
+
+
+def _codes(palette: Palette) -> dict[int, int]:
+    """What each colour, as 0xrrggbb, means."""
+    return {_VOID: IGNORED} | {(r << 16) + (g << 8) + b: index for index, (r, g, b) in enumerate(palette)}
+
+
+def _meaning(image: Image.Image, palette: Palette) -> np.ndarray | None:
+    """Class of each index of a palette file by its colour, uint8 (256,); None when the colours do not tell."""
+    known = _codes(palette)
+    table = (np.array(image.getpalette("RGB"), np.int64).reshape(-1, 3) @ np.array([65536, 256, 1])).tolist()
+    # The end of a palette is often filled with black: such an index has no colour of its own.
+    filled = len(table)
+    while filled and table[filled - 1] == table[-1]:
+        filled -= 1
+    filled += table[-1] not in table[:filled]
+    meaning = np.zeros(256, np.uint8)
+    seen: set[int] = set()
+    for index in np.unique(np.asarray(image)):
+        code = table[index] if index < filled else None
+        if code in known and code not in seen:
+            meaning[index] = known[code]
+            seen.add(code)
+        elif index == IGNORED:
+            meaning[index] = IGNORED
+        else:
+            return None
+    return meaning
+
+
 def _by_colour(pixels: np.ndarray, palette: Palette) -> np.ndarray:
     codes = pixels.astype(np.int64) @ np.array([65536, 256, 1])
-    meaning = {(224 << 16) + (224 << 8) + 192: IGNORED}
-    meaning |= {(r << 16) + (g << 8) + b: index for index, (r, g, b) in enumerate(palette)}
+    known = _codes(palette)
     found, inverse = np.unique(codes, return_inverse=True)
-    strange = [code for code in found if int(code) not in meaning]
+    strange = [code for code in found if int(code) not in known]
     if strange:
         colours = ", ".join(f"#{int(code):06x}" for code in strange[:3])
         raise Broken(f"the mask has colours that are no class of the palette ({colours})")
-    return np.array([meaning[int(code)] for code in found], np.uint8)[inverse].reshape(codes.shape)
+    return np.array([known[int(code)] for code in found], np.uint8)[inverse].reshape(codes.shape)
 
 
 def classes_in(indices: np.ndarray) -> tuple[int, ...]:

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import logging
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
 from cosa_ray.errors import UserError
 
 _PIECE = 1 << 22
+# By what fsspec's file systems tell one content of a file from another; each knows some of these.
+_TIMES = ("LastModified", "Last-Modified", "last_modified", "mtime", "modified", "updated", "created", "generation")
+_SUMS = ("ETag", "etag", "Content-MD5", "content_md5", "md5Hash", "md5", "Digest")
+
+log = logging.getLogger(__name__)
+
+
+class NotThere(UserError):
+    """Nothing is there, or it cannot be reached: a copy made earlier may serve instead."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +42,7 @@ class Place:
 
     def child(self, name: str) -> Place:
         """The file or folder `name` inside this folder."""
-        base, query, options = self.uri.partition("?")
+        base, query, options = self.uri.partition("?") if "://" in self.uri else (self.uri, "", "")
         return Place(f"{base.rstrip('/')}/{name}{query}{options}", self.filesystem, f"{self.path.rstrip('/')}/{name}")
 
     def exists(self) -> bool:
@@ -53,21 +65,49 @@ class Place:
 
     def names(self, recursive: bool = False) -> list[str]:
         """Sorted paths, relative to this folder, of the files in it; empty for no folder."""
-        from pyarrow.fs import FileSelector
-
-        selector = FileSelector(self.path, recursive=recursive, allow_not_found=True)
         root = self.path.strip("/")
-        found = (info.path.strip("/") for info in self.filesystem.get_file_info(selector) if info.type.name == "File")
+        found = (path.strip("/") for path, kind in self._listed(recursive) if kind == "File")
         return sorted(path[len(root) :].lstrip("/") for path in found)
 
     def folders(self) -> list[str]:
         """Sorted names of the folders in this folder."""
+        return sorted(path.rstrip("/").rpartition("/")[2] for path, kind in self._listed(False) if kind == "Directory")
+
+    def _listed(self, recursive: bool) -> list[tuple[str, str]]:
         from pyarrow.fs import FileSelector
 
-        selector = FileSelector(self.path, allow_not_found=True)
-        return sorted(
-            info.base_name for info in self.filesystem.get_file_info(selector) if info.type.name == "Directory"
-        )
+        selector = FileSelector(self.path, recursive=recursive, allow_not_found=True)
+        try:
+            return [(info.path, info.type.name) for info in self.filesystem.get_file_info(selector)]
+        except UnicodeDecodeError as error:
+            strange = error.object.decode(errors="backslashreplace").rpartition("/")[2]
+            raise UserError(f"{self.uri} holds a name that is not UTF-8 ({strange}): rename that file") from None
+
+    def stamps(self) -> dict[str, str]:
+        """What changes when a file does (size, time, checksum, as far as the file system knows them), by relative name.
+
+        A file's own name is empty. Raises FileNotFoundError when nothing is there.
+        """
+        from pyarrow.fs import FileSelector
+
+        own = getattr(getattr(self.filesystem, "handler", None), "fs", None)  # of fsspec
+        if own is not None:
+            own.invalidate_cache()  # listings are kept, for hours
+        kind = self._type()
+        if kind == "NotFound":
+            raise FileNotFoundError(self.uri)
+        if own is not None:
+            listed = own.find(self.path, detail=True) if kind == "Directory" else {self.path: own.info(self.path)}
+            stamps = {
+                path: [info.get("size"), *(info.get(key) for key in (*_TIMES, *_SUMS))] for path, info in listed.items()
+            }
+        else:
+            selector = FileSelector(self.path, recursive=True) if kind == "Directory" else [self.path]
+            files = [info for info in self.filesystem.get_file_info(selector) if info.type.name == "File"]
+            stamps = {info.path: [info.size, info.mtime_ns] for info in files}
+        root = self.path.strip("/")
+        named = {path.strip("/")[len(root) :].lstrip("/"): str(stamp) for path, stamp in stamps.items()}
+        return {name: stamp for name, stamp in named.items() if name or kind != "Directory"}
 
     def read(self) -> bytes:
         """The whole file. Raises FileNotFoundError."""
@@ -152,10 +192,13 @@ class _Writer:
                 self._part.unlink(missing_ok=True)
         else:
             self._stream.close()
+            if kind is not None:  # closing made an object of what had been written
+                with contextlib.suppress(OSError):
+                    self._target.delete()
 
 
 def place(uri: str | os.PathLike[str]) -> Place:
-    """The place a path or URI names. Raises UserError for a URI that nothing here can read."""
+    """The place a path or URI names. Raises UserError for a URI that nothing here reads, NotThere when it is away."""
     import pyarrow as pa
     from pyarrow import fs
 
@@ -168,16 +211,41 @@ def place(uri: str | os.PathLike[str]) -> Place:
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         pass
     except OSError as error:
-        raise UserError(f"cannot reach {text} ({error}): check the address, the credentials and the network") from None
+        raise _away(text, error) from None
     try:
         import fsspec
 
-        filesystem, path = fsspec.core.url_to_fs(text)
+        with reaching(text, but=(ImportError, ValueError)):
+            filesystem, path = fsspec.core.url_to_fs(text)
     except (ImportError, ValueError) as error:
         raise UserError(f"cannot open {text} ({error}): use a local path or install what reads this kind of URI") from (
             None
         )
     return Place(text, fs.PyFileSystem(fs.FSSpecHandler(filesystem)), path)
+
+
+@contextlib.contextmanager
+def reaching(uri: str, but: type[Exception] | tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Around what asks the file system of `uri`: its failures become NotThere, except those of the kinds `but`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except but:
+        raise
+    except FileNotFoundError:
+        # Over HTTP, a server that does not answer looks like this too.
+        raise NotThere(f"there is nothing at {uri}, or it cannot be reached: check the address and the network") from (
+            None
+        )
+    except Exception as error:
+        # Every kind of store has exceptions of its own (aiohttp's, botocore's, ...), many of which are no OSError.
+        raise _away(uri, error) from None
+
+
+def _away(uri: str, error: Exception) -> NotThere:
+    said = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return NotThere(f"cannot reach {uri} ({said}): check the address, the credentials and the network")
 
 
 def cache_folder() -> Path:
@@ -198,21 +266,39 @@ def fetch(uri: str, files: Mapping[str, str] | None = None) -> Path:
 
     Processes of a node wait for the one that copies; a copy appears complete or not at all, and an interrupted one goes
     on at the file where it stopped. `files` (name -> SHA-256) says what the folder holds, for places that cannot be
-    listed, and is verified. Raises UserError when there is nothing at `uri`, or what arrives is not what was promised.
+    listed, and is verified; without it, the newest copy of this node serves when the remote cannot be reached. Raises
+    NotThere when there is nothing at `uri` and no copy, UserError when what arrives is not what was promised.
     """
+    if files is not None:
+        return _fetched(place(uri), files, verified=True)
+    try:
+        source = place(uri)
+        if source.local is not None:
+            if not source.local.exists():
+                raise UserError(f"there is nothing at {uri}: check the path")
+            return source.local
+        with reaching(uri):
+            wanted = source.stamps()
+        return _fetched(source, wanted, verified=False)
+    except NotThere as error:
+        copy = cached(uri)
+        if copy is None:
+            raise
+        say_copy(uri, str(error), copy)
+        return copy
+
+
+def _fetched(source: Place, wanted: Mapping[str, str], verified: bool) -> Path:
+    """The folder or file of the cache with the files `wanted` (name -> SHA-256, or stamp), copied if need be."""
     from filelock import FileLock
 
-    source = place(uri)
     if source.local is not None:
-        if not source.local.exists():
-            raise UserError(f"there is nothing at {uri}: check the path")
         return source.local
-    wanted = _wanted(source, files)
     fingerprint = hashlib.sha256(repr(sorted(wanted.items())).encode()).hexdigest()[:16]
-    folder = _cache_of(uri)
+    folder = _cache_of(source.uri)
     folder.mkdir(parents=True, exist_ok=True)
     complete = folder / fingerprint
-    result = complete / source.path.rstrip("/").rpartition("/")[2] if "" in wanted else complete
+    result = complete / _last(source.uri) if "" in wanted else complete
     if complete.is_dir():
         return result
     with FileLock(folder / f"{fingerprint}.lock"):
@@ -222,40 +308,49 @@ def fetch(uri: str, files: Mapping[str, str] | None = None) -> Path:
         for name, promised in wanted.items():
             origin = source.child(name) if name else source
             target = part / (name or result.name)
-            if not target.exists() or (files is not None and file_sha256(target) != promised):
-                _copy(origin, target, promised if files is not None else None)
+            if not target.exists() or (verified and file_sha256(target) != promised):
+                _copy(origin, target, promised if verified else None)
         os.replace(part, complete)
     return result
 
 
-def cached(uri: str) -> Path | None:
-    """The newest complete copy of `uri` on this node, for when the remote cannot be reached."""
-    folder = _cache_of(uri)
-    copies = [path for path in folder.glob("*") if path.is_dir() and path.suffix != ".part"]
-    return max(copies, key=lambda path: path.stat().st_mtime, default=None)
+def cached(uri: str, having: str = "") -> Path | None:
+    """The newest complete copy of `uri` on this node that holds the file `having`; None when there is none."""
+    copies = [path for path in _cache_of(uri).glob("*") if path.suffix != ".part" and (path / having).exists()]
+    copies = [path for path in copies if path.is_dir()]
+    newest = max(copies, key=lambda path: path.stat().st_mtime, default=None)
+    if newest is not None and os.listdir(newest) == [_last(uri)] and (newest / _last(uri)).is_file():
+        return newest / _last(uri)
+    return newest
+
+
+@lru_cache(maxsize=64)  # said once a process, however often the same thing is opened
+def say_copy(uri: str, reason: str, copy: Path) -> None:
+    """Log that a copy serves instead of the remote."""
+    log.warning("%s; using the copy of this node, %s", reason, copy)
+
+
+def _last(uri: str) -> str:
+    return uri.partition("?")[0].rstrip("/").rpartition("/")[2]
 
 
 def _cache_of(uri: str) -> Path:
     return cache_folder() / hashlib.sha256(uri.encode()).hexdigest()[:16]
 
 
-def _wanted(source: Place, files: Mapping[str, str] | None) -> dict[str, str]:
-    if files is not None:
-        return dict(files)
-    if not source.exists():
-        raise UserError(f"there is nothing at {source.uri}: check the address")
-    if source.is_folder():
-        return {name: str(source.child(name).size()) for name in source.names(recursive=True)}
-    info = source.filesystem.get_file_info(source.path)
-    return {"": f"{info.size} {info.mtime_ns}"}
-
-
 def _copy(origin: Place, target: Path, promised: str | None) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    with place(target).writer() as out, origin.filesystem.open_input_stream(origin.path) as stream:
-        while piece := stream.read(_PIECE):
+    with place(target).writer() as out:
+        for piece in _pieces(origin):
             out.write(piece)
         if promised is not None and out.sha256 != promised:
             raise UserError(
                 f"{origin.uri} does not have the checksum its card says: it is damaged or half written, import it again"
             )
+
+
+def _pieces(origin: Place) -> Iterator[bytes]:
+    """The file in pieces; what goes wrong with them at the receiver's end stays an error of the receiver."""
+    with reaching(origin.uri), origin.filesystem.open_input_stream(origin.path) as stream:
+        while piece := stream.read(_PIECE):
+            yield piece

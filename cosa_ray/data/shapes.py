@@ -38,6 +38,8 @@ def shapes_source(
         raise UserError(f"there is no variant {variant!r} of shapes: choose {' or '.join(VARIANTS)}")
     if size < 32 or train < 1 or val < 1:
         raise UserError("shapes needs a size of at least 32 pixels and at least one image in each split")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"the seed of shapes must be from 0 to 2^63 - 1, not {seed}")
     return Source(
         kind="shapes",
         uri=None,

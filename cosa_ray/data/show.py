@@ -29,8 +29,12 @@ def paint_mask(mask: np.ndarray, palette: Palette) -> Image.Image:
     return Image.fromarray(colours[mask])
 
 
-def contact_sheet(dataset: Dataset, split: str, *, views: Views, seed: int = 0, images: int = 8) -> Image.Image:
+def contact_sheet(
+    dataset: Dataset, split: str, *, views: Views, seed: int = 0, images: int = 8, batch_size: int = 8
+) -> Image.Image:
     """A sheet with one row for each of the first `images` samples that training on `split` with `seed` draws.
+
+    Training takes `batch_size` of them a step, and the views depend on the step and on the place in its batch.
 
     Columns: image, mask, weak view, strong view; the valid box is outlined in the views, labels stand below each row
     in their colours. Raises UserError for an empty or unknown split.
@@ -46,10 +50,11 @@ def contact_sheet(dataset: Dataset, split: str, *, views: Views, seed: int = 0, 
     font = ImageFont.load_default(14)
     for column, title in enumerate(_COLUMNS):
         pen.text((_GAP + column * (_CELL + _GAP), 4), title, _INK, font)
-    for position, index in enumerate(batch_indices(seed, 0, count, len(samples))):
-        sample = samples[int(index)]
-        top = _HEAD + position * row_height
-        pictures = _pictures(sample, views, draw(seed, 0, position), dataset.card.palette)
+    for row in range(count):
+        step, position = divmod(row, batch_size)
+        sample = samples[int(batch_indices(seed, step, batch_size, len(samples))[position])]
+        top = _HEAD + row * row_height
+        pictures = _pictures(sample, views, draw(seed, step, position), dataset.card.palette)
         for column, picture in enumerate(pictures):
             if picture is not None:
                 sheet.paste(_fitted(picture), (_GAP + column * (_CELL + _GAP), top))

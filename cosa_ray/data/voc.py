@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 from cosa_ray.data.pictures import Broken, voc_palette
 from cosa_ray.data.remote import Place, place
 from cosa_ray.data.shard import Row
-from cosa_ray.data.source import Source, read_file, stored_row
+from cosa_ray.data.source import Source, check_names, read_file, read_text, stored_row
 from cosa_ray.errors import UserError
 
 CLASSES = (
@@ -61,13 +61,13 @@ def voc_source(uri: str, *, labels: str = "auto") -> Source:
     """
     root = _root(uri)
     lists = root.child("ImageSets").child("Segmentation")
-    augmented, official = ({name[:-4] for name in root.child(folder).names()} for folder in (_AUGMENTED, _OFFICIAL))
+    augmented, official = (_masks(root.child(folder)) for folder in (_AUGMENTED, _OFFICIAL))
     val = _names(lists, "val.txt")
     train, train_from = _train(lists, augmented, val)
     if not train and not val:
         raise UserError(f"{root.uri} has no list of images: it needs ImageSets/Segmentation/train.txt or val.txt")
-    chosen = _labels_from(root, labels)
-    table = json.loads(root.child(LABEL_FILE).read()) if chosen == "json" else None
+    chosen = _labels_from(root, labels, bool(augmented or official))
+    table = _table(root.child(LABEL_FILE)) if chosen == "json" else None
 
     def sample(name: str, folders: Iterable[tuple[str, set[str]]]) -> _Sample:
         mask = next((folder for folder, names in folders if name in names), None)
@@ -98,6 +98,7 @@ def voc_source(uri: str, *, labels: str = "auto") -> Source:
         masks_from=masks_from,
         splits=splits,
         reader=_Reader(root, chosen),
+        root=root,
     )
 
 
@@ -129,12 +130,35 @@ def _root(uri: str) -> Place:
     raise UserError(f"{uri} is not a VOC folder: it needs JPEGImages, in itself or in VOCdevkit/VOC2012")
 
 
+def _masks(folder: Place) -> set[str]:
+    return {name[:-4] for name in folder.names() if name.endswith(".png") and not name.startswith(".")}
+
+
 def _names(lists: Place, file: str) -> list[str]:
+    """Names of a list: alone in a line, or as DeepLab's lists have them, /JPEGImages/x.jpg /SegmentationClass/x.png."""
     try:
-        text = lists.child(file).read().decode()
+        text = read_text(lists.child(file))
     except FileNotFoundError:
         return []
-    return [line.split()[0] for line in text.splitlines() if line.strip()]
+    paths = [line.split()[0] for line in text.splitlines() if line.strip()]
+    names = [path.rpartition("/")[2].removesuffix(".jpg") for path in paths]
+    check_names(names, lists.child(file).uri)
+    return names
+
+
+def _table(file: Place) -> dict[str, list[str]]:
+    try:
+        table = json.loads(read_text(file))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file.uri} is no JSON ({error}): write {{name: [class, ...]}}") from None
+    if not isinstance(table, dict):
+        raise UserError(
+            f"{file.uri} must be an object {{name: [class, ...]}}: write one list of classes for each image"
+        )
+    for name, named in table.items():
+        if not isinstance(named, list) or not all(isinstance(label, str) for label in named):
+            raise UserError(f"{file.uri} has no list of class names for {name}: write {{name: [class, ...]}}")
+    return table
 
 
 def _train(lists: Place, augmented: set[str], val: list[str]) -> tuple[list[str], str]:
@@ -147,17 +171,17 @@ def _train(lists: Place, augmented: set[str], val: list[str]) -> tuple[list[str]
     return names, "train.txt" if names else "none"
 
 
-def _labels_from(root: Place, labels: str) -> str:
+def _labels_from(root: Place, labels: str, masks: bool) -> str:
     there = {
-        "xml": root.child("Annotations").is_folder(),
+        "xml": any(name.endswith(".xml") for name in root.child("Annotations").names()),
         "json": root.child(LABEL_FILE).exists(),
-        "masks": root.child(_OFFICIAL).is_folder() or root.child(_AUGMENTED).is_folder(),
+        "masks": masks,
     }
-    needs = {"xml": "Annotations", "json": LABEL_FILE, "masks": f"{_OFFICIAL} or {_AUGMENTED}"}
+    needs = {"xml": "Annotations/*.xml", "json": LABEL_FILE, "masks": f"{_OFFICIAL} or {_AUGMENTED}"}
     if labels == "auto":
         found = next((kind for kind, present in there.items() if present), None)
         if found is None:
-            raise UserError(f"{root.uri} has no labels: it needs Annotations, {LABEL_FILE}, or masks")
+            raise UserError(f"{root.uri} has no labels: it needs Annotations/*.xml, {LABEL_FILE}, or masks")
         return found
     if labels not in there:
         raise UserError(f"there is no label source {labels!r}: choose one of {', '.join(LABELS)}")
@@ -169,7 +193,7 @@ def _labels_from(root: Place, labels: str) -> str:
 def _objects(xml: bytes) -> list[str]:
     try:
         tree = ElementTree.fromstring(xml)
-    except ElementTree.ParseError as error:
+    except (ElementTree.ParseError, LookupError, ValueError) as error:  # the latter two of its encoding
         raise Broken(f"its annotation cannot be read ({error})") from None
     return [(element.findtext("name") or "").strip() for element in tree.iter("object")]
 

@@ -161,7 +161,7 @@ def reliability_curve(outcomes: np.ndarray, thresholds: Mapping[str, float], gro
     axes.yaxis.set_major_formatter("{x:g} %")
     axes.set_xlim(0, 1)
     axes.set_xlabel("largest CAM value among the image's classes")
-    axes.set_ylabel("pixels whose pseudo-label is right")
+    axes.set_ylabel("pseudo-labels that are right")
     _draw_thresholds(axes, thresholds, behind)
     return _picture(figure)
 
@@ -174,14 +174,14 @@ def _figure(title: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(6.4, 4.0), dpi=110)
     FigureCanvasAgg(figure)
     # Margins by hand: an automatic layout draws everything several times.
-    axes = figure.add_axes((0.11, 0.23, 0.78, 0.69))
+    axes = figure.add_axes((0.13, 0.23, 0.76, 0.69))
     axes.set_title(title, fontsize=11, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 
 def _draw_thresholds(axes: Axes, thresholds: Mapping[str, float], behind: Axes | None = None) -> None:
-    """Mark the thresholds, and put one legend above the plot for everything drawn."""
+    """Mark the thresholds, and put one legend below the plot for everything drawn."""
     for (name, value), style in zip(thresholds.items(), ("--", ":"), strict=False):
         axes.axvline(value, color=_RED, linestyle=style, linewidth=1.4, label=f"{_NAMES.get(name, name)} {value:.2f}")
     handles, labels = axes.get_legend_handles_labels()

@@ -10,7 +10,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from cosa_ray.config.credentials import holds_secret
 from cosa_ray.errors import UserError
+from cosa_ray.tracking.store import checked_uri
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -126,7 +128,7 @@ def forwarded_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """Variables of this side that the job is given: the tracking server, and Ray Train's own settings.
 
     No credential is among them, because a job's environment is shown to everyone who sees the dashboard.
-    Raises UserError when the tracking URI holds a password.
+    Raises UserError when the tracking URI holds a password or is none.
     """
     wanted = ("MLFLOW_TRACKING_URI", "MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES")
     chosen = {
@@ -134,14 +136,16 @@ def forwarded_environment(environment: Mapping[str, str]) -> dict[str, str]:
         for name, value in environment.items()
         if value and (name in wanted or name.startswith("RAY_TRAIN_"))
     }
-    refuse_password(chosen.get("MLFLOW_TRACKING_URI"), "MLFLOW_TRACKING_URI")
+    if uri := chosen.get("MLFLOW_TRACKING_URI"):
+        refuse_password(uri, "MLFLOW_TRACKING_URI")
+        checked_uri(uri, "MLFLOW_TRACKING_URI")
     return chosen
 
 
 def refuse_password(uri: str | None, where: str) -> None:
-    """UserError when a tracking URI carries a password: whoever sees the dashboard would read it."""
-    if uri and urlsplit(uri).password:
+    """UserError when a tracking URI carries a user or a password: whoever sees the dashboard would read it."""
+    if uri and (holds_secret(uri) or "@" in uri.partition("//")[2].partition("/")[0]):
         raise UserError(
-            f"{where} holds a password, which the cluster's job list would show; "
+            f"{where} holds a user or a password, which the cluster's job list would show; "
             "leave it out and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD on the cluster."
         )

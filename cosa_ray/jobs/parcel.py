@@ -17,6 +17,7 @@ from cosa_ray.errors import UserError
 
 # Ray's Jobs API refuses more than its largest gRPC message (RAY_max_grpc_message_size).
 LIMIT_BYTES = 100 * 1024 * 1024
+_SOURCE = (".py", ".yaml")  # what the package consists of: data or keys that lie inside it stay here
 _PACKAGE = Path(cosa_ray.__file__).resolve().parent
 
 
@@ -28,7 +29,13 @@ def pack(folder: Path, files: Mapping[str, str], *, package: bool) -> None:
     for name, content in files.items():
         (folder / name).write_text(content, encoding="utf-8")
     if package:
-        shutil.copytree(_PACKAGE, folder / _PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__", ".*", "*.log"))
+        for file in sorted(_PACKAGE.rglob("*")):
+            inside = file.relative_to(_PACKAGE)
+            hidden = any(part.startswith(".") for part in inside.parts)
+            if not hidden and (file.name == "py.typed" or file.suffix in _SOURCE):
+                target = folder / _PACKAGE.name / inside
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, target)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     if size > LIMIT_BYTES:
         largest = max((file for file in folder.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
@@ -48,7 +55,8 @@ def for_cluster(config: Config, folder: str, *, tracking_from_environment: bool)
         raise UserError(f"--folder {folder}: expected an absolute folder on the cluster.")
 
     def absolute(path: str) -> str:
-        return path if "://" in path else str(root / path)
+        # `~` is the home folder of whoever runs the job there.
+        return path if "://" in path or path.startswith("~") else str(root / path)
 
     changes: dict[str, object] = {"storage": absolute(config.storage), "data.dataset": absolute(config.data.dataset)}
     if config.model.checkpoint:
@@ -63,6 +71,6 @@ def for_cluster(config: Config, folder: str, *, tracking_from_environment: bool)
 def absolute_tracking(uri: str, folder: str) -> str:
     """A tracking URI whose SQLite file does not depend on the working folder; servers stay as they are."""
     scheme = "sqlite:///"
-    if uri.startswith(scheme) and not uri.startswith(scheme + "/"):
+    if uri.startswith(scheme) and not uri.startswith((f"{scheme}/", f"{scheme}~")):
         return f"{scheme}{PurePosixPath(folder) / uri.removeprefix(scheme)}"
     return uri

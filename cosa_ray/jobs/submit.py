@@ -18,6 +18,7 @@ from cosa_ray.config.load import dump_config, find_experiment, load_config
 from cosa_ray.errors import RunFailed, UserError
 from cosa_ray.jobs.head import connect, first_line, forwarded_environment, refuse_password
 from cosa_ray.jobs.parcel import absolute_tracking, for_cluster, pack
+from cosa_ray.tracking.describe import GIT_FILE, git_state_to_send
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -70,6 +71,8 @@ def submit_job(
     if "MLFLOW_TRACKING_URI" in environment:
         environment["MLFLOW_TRACKING_URI"] = absolute_tracking(environment["MLFLOW_TRACKING_URI"], root)
     name, files = _files(verb, file, overrides, root, "MLFLOW_TRACKING_URI" in environment)
+    if not installed and (state := git_state_to_send()) is not None:
+        files[GIT_FILE] = state  # there is no repository where the job runs
     client = connect(address)
     # Ray refuses a job and a driver that both set a variable, and the driver sets Ray Train's: these go by the command.
     train = [f"{key}={environment.pop(key)}" for key in sorted(environment) if key.startswith("RAY_TRAIN_")]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import timm
@@ -32,6 +33,15 @@ class Taps(NamedTuple):
     stride: int
     plain: bool
 
+    @property
+    def multiple(self) -> int:
+        """Sides of an input must be a multiple of this many pixels (patch size; 4 for stage networks' stems)."""
+        return self.stride if self.plain else 4
+
+    def side(self, side: float) -> int:
+        """A side in pixels rounded to what the encoder takes (exact where the release's sizes are)."""
+        return max(1, math.floor(side / self.multiple + 0.5)) * self.multiple
+
 
 class ConvolutionalStem(PatchEmbed):
     """Patch embedding by four 3x3 convolutions, GroupNorm and GELU between them; total stride = patch size (ours).
@@ -55,18 +65,23 @@ class ConvolutionalStem(PatchEmbed):
 
 
 def build_encoder(
-    model: Model, weights: Mapping[str, Tensor] | None, image_size: int | None, initialise: bool
-) -> tuple[Any, Taps]:
-    """The timm model with its head removed, and its two taps.
+    model: Model,
+    weights: Mapping[str, Tensor] | None,
+    image_size: int | None,
+    initialise: bool,
+    sides: Sequence[float] = (),
+) -> tuple[Any, Taps, dict[int, tuple[int, int]]]:
+    """The timm model with its head removed, its two taps, and the last map's (h, w) by side of a square input.
 
     Args:
         weights: the backbone's state dict, for `model.checkpoint`.
         image_size: side of the crop in pixels; sizes the position embeddings of a plain ViT without trained weights.
         initialise: False builds the architecture only, for weights of ours that are loaded afterwards.
+        sides: every side in pixels, before rounding, that inputs will have; each is tried.
 
     Raises:
         UserError: unknown backbone, tag or argument, a bad tap, batch norm without trained weights, weights that
-            do not fit.
+            do not fit, an input size that the backbone does not take.
     """
     _check_name(model)
     probe = _create(model, {}, meta=True)
@@ -103,15 +118,18 @@ def build_encoder(
             f"model.backbone {model.backbone} has batch norm, which is frozen here and needs trained statistics; "
             "set model.pretrained or model.checkpoint, or take a backbone without batch norm"
         )
-    _strip(encoder, taps)
-    if "dynamic_img_size" in extra and hasattr(encoder, "_pos_embed"):
-        encoder._pos_embed = types.MethodType(_position_tokens, encoder)
+    for each in (encoder, probe):
+        _strip(each, taps)
+        if "dynamic_img_size" in extra and hasattr(each, "_pos_embed"):
+            each._pos_embed = types.MethodType(_position_tokens, each)
+    probe.eval()
     if not plain:
         _freeze_unreached(encoder, probe, taps, image_size or 224)
+    grids = {side: _grid(model, encoder, probe, taps, side) for side in sorted({taps.side(side) for side in sides})}
     positions = getattr(encoder, "pos_embed", None)
     if model.freeze_position_embeddings and model.has_weights and isinstance(positions, nn.Parameter):
         positions.requires_grad_(False)
-    return encoder, taps
+    return encoder, taps, grids
 
 
 def feature_maps(encoder: Any, images: Tensor, taps: Taps) -> tuple[Tensor, Tensor]:
@@ -317,8 +335,6 @@ def _freeze_unreached(encoder: nn.Module, probe: nn.Module, taps: Taps, size: in
 
     They are found by walking the graph of a forward pass of `probe`, the same model without data.
     """
-    _strip(probe, taps)
-    probe.eval()
     try:
         maps = feature_maps(probe, torch.empty(1, 3, size, size, device="meta"), taps)
     except NotImplementedError:
@@ -343,6 +359,30 @@ def _freeze_unreached(encoder: nn.Module, probe: nn.Module, taps: Taps, size: in
     for name, parameter in encoder.named_parameters():
         if name in unreached:
             parameter.requires_grad_(False)
+
+
+@torch.no_grad()
+def _grid(model: Model, encoder: nn.Module, probe: nn.Module, taps: Taps, side: int) -> tuple[int, int]:
+    """(h, w) of the last map of a square input; UserError when the backbone does not take it.
+
+    `probe`, the same model without data, says it at no cost; where it cannot, the encoder itself does.
+    """
+    failed: Exception | None = None
+    training = encoder.training
+    for each, device in ((probe, "meta"), (encoder.eval(), "cpu")):
+        try:
+            last, _ = feature_maps(each, torch.zeros(1, 3, side, side, device=device), taps)
+        except Exception as error:  # every family has its own way to say no
+            failed = error
+        else:
+            encoder.train(training)
+            return last.shape[-2], last.shape[-1]
+    why = (str(failed) or type(failed).__name__).splitlines()[0][:200]
+    raise UserError(
+        f"model.backbone: {model.backbone} does not take images of {side} pixels ({why}), which views.crop or "
+        "evaluation.size times assignment.scales and evaluation.scales gives; set the scales to 1, or choose a "
+        "backbone that takes any size"
+    )
 
 
 def _channels_last(norm: nn.Module) -> bool:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -63,8 +62,16 @@ class Network(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, encoder: nn.Module, taps: Taps, model: Model, num_classes: int) -> None:
+    def __init__(
+        self,
+        encoder: nn.Module,
+        taps: Taps,
+        model: Model,
+        num_classes: int,
+        grids: Mapping[int, tuple[int, int]] | None = None,
+    ) -> None:
         super().__init__()
+        self._grids = dict(grids or {})
         self.encoder = encoder
         self.classifier = nn.Conv2d(taps.last_channels, num_classes, 1, bias=False)
         self.aux_classifier = nn.Conv2d(taps.aux_channels, num_classes, 1, bias=False)
@@ -81,11 +88,16 @@ class Network(nn.Module):
 
     @property
     def multiple(self) -> int:
-        """Sides of an input must be a multiple of this many pixels (patch size; 4 for stage networks' stems)."""
-        return self.stride if self.taps.plain else 4
+        """Sides of an input must be a multiple of this many pixels."""
+        return self.taps.multiple
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """(h, w) of the last map for an input of this many pixels."""
+        """(h, w) of the last map for an input of this many pixels.
+
+        Measured for the inputs the network was built for: stage networks round differently.
+        """
+        if height == width and height in self._grids:
+            return self._grids[height]
         if self.taps.plain:
             return height // self.stride, width // self.stride
         return -(-height // self.stride), -(-width // self.stride)
@@ -171,6 +183,7 @@ def build_network(
     weights: Mapping[str, Tensor] | None = None,
     image_size: int | None = None,
     initialise: bool = True,
+    sides: Sequence[float] = (),
 ) -> Network:
     """Build the network of an experiment, on the CPU.
 
@@ -181,12 +194,14 @@ def build_network(
         image_size: side of the crop, pixels.
         initialise: False builds the architecture without fetching or loading trained weights, for a state dict of
             ours that is loaded next (resume, evaluation).
+        sides: sides in pixels, before rounding, of the square inputs it will be given besides the crop.
 
     Raises:
         UserError: see `backbone.build_encoder`.
     """
-    encoder, taps = build_encoder(model, weights, image_size, initialise)
-    return Network(encoder, taps, model, num_classes)
+    sides = [*sides, *([image_size] if image_size else [])]
+    encoder, taps, grids = build_encoder(model, weights, image_size, initialise, sides)
+    return Network(encoder, taps, model, num_classes, grids)
 
 
 def mixed_precision(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[object]:
@@ -195,10 +210,8 @@ def mixed_precision(device: torch.device, dtype: torch.dtype | None) -> Abstract
 
 
 def scaled_size(network: Network, height: int, width: int, scale: float) -> tuple[int, int]:
-    """Input size at a scale, rounded to what the encoder takes (exact where the release's sizes are)."""
-    multiple = network.multiple
-    sides = (max(1, math.floor(side * scale / multiple + 0.5)) * multiple for side in (height, width))
-    return next(sides), next(sides)
+    """Input size at a scale, rounded to what the encoder takes."""
+    return network.taps.side(height * scale), network.taps.side(width * scale)
 
 
 def _pool_max(features: Tensor) -> Tensor:

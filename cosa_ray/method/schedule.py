@@ -24,10 +24,11 @@ def phase(training: Training, step: int, ring_batches: int) -> Phase:
     """What step `step` (0-based) does.
 
     "warmup": classification losses only. "filling": the same, and the assignment network's CAMs fill the ring of
-    histograms; the last `ring_batches` steps of warm-up (0 when thresholds are fixed). "cotraining": all losses,
-    from step `warmup_iters` on; the release's option `decoder_in_warmup` counts that step as warm-up too.
+    histograms; the last `ring_batches` steps of warm-up (0 when thresholds are fixed; none when no co-training
+    follows). "cotraining": all losses, from step `warmup_iters` on; the release's option `decoder_in_warmup` counts
+    that step as warm-up too.
     """
     start = training.warmup_iters + (1 if training.decoder_in_warmup else 0)
     if step >= start:
         return "cotraining"
-    return "filling" if step >= start - ring_batches else "warmup"
+    return "filling" if start - ring_batches <= step and start < training.steps else "warmup"

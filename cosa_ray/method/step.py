@@ -152,6 +152,7 @@ def cotraining_step(
         values = named(thresholds.names, proposal.values)
 
     plans = [_plan(micro, part, values, config, step) for micro, part in zip(micro_batches, held, strict=True)]
+    del held  # full-size CAMs: their room is needed for ON's forward pass
     counts = sum_over_workers(torch.stack([_counts(plan) for plan in plans]).sum(0))
 
     totals: dict[str, Tensor] = {}

@@ -212,7 +212,8 @@ class Delivery:
                 what = "further records (the run was deleted)"
             if what is not None and what not in self._warned:
                 self._warned.add(what)
-                log.warning("MLflow refuses %s of run %s: %s", what, self._tracking.run, str(error).splitlines()[0])
+                said = self._tracking.store.said(error)
+                log.warning("MLflow refuses %s of run %s: %s", what, self._tracking.run, said)
             return False
         return True
 

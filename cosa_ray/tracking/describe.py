@@ -15,15 +15,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 import cosa_ray
+from cosa_ray.config.credentials import without_credentials
 from cosa_ray.config.load import dump_config, flatten
 from cosa_ray.config.schema import Config
 from cosa_ray.data.card import DatasetCard
 
 log = logging.getLogger(__name__)
 DIFF_BYTES = 512 * 1024
+_PLAIN_DIFF = ("--no-color", "--no-ext-diff")
+GIT_FILE = "git-state.json"  # beside a copy of the package that was sent somewhere
 PACKAGES = ("torch", "timm", "ray", "mlflow", "numpy", "pyarrow", "torchvision")
 
 
@@ -93,7 +96,8 @@ def dataset_inputs(card: DatasetCard, config: Config) -> list[dict[str, Any]]:
 def git_state(folder: Path | None = None) -> tuple[dict[str, str], bytes | None]:
     """Tags of the code's commit, and the uncommitted changes as a diff (cut at 512 KiB).
 
-    The repository is the one the package is developed in, else that of the working folder; without one, nothing.
+    The repository is the one the package is developed in, else that of the working folder; without one, what the file
+    that came with a copy of the package says, else nothing.
     """
     for place in [folder] if folder else [Path(cosa_ray.__file__).parent, Path.cwd()]:
         # An installed package can lie in a repository's virtual environment without being part of it.
@@ -101,7 +105,7 @@ def git_state(folder: Path | None = None) -> tuple[dict[str, str], bytes | None]
         commit = _git(place, "rev-parse", "HEAD") if tracked is not None else None
         if commit is None:
             continue
-        changes = _git(place, "diff", "HEAD", "--no-color", "--no-ext-diff") or b""
+        changes = _cut(_git(place, "diff", "HEAD", *_PLAIN_DIFF) or b"")
         status = _git(place, "status", "--porcelain") or b""
         tags = {
             "mlflow.source.git.commit": commit.decode().strip(),
@@ -110,10 +114,33 @@ def git_state(folder: Path | None = None) -> tuple[dict[str, str], bytes | None]
         branch = (_git(place, "rev-parse", "--abbrev-ref", "HEAD") or b"").decode().strip()
         if branch and branch != "HEAD":
             tags["mlflow.source.git.branch"] = branch
-        if len(changes) > DIFF_BYTES:
-            changes = changes[:DIFF_BYTES] + b"\n[cut here: the diff is longer]\n"
         return tags, changes or None
+    return ({}, None) if folder else _sent_git_state()
+
+
+def git_state_to_send() -> str | None:
+    """The state of the code as the content of GIT_FILE; None without a repository.
+
+    Its diff is of the package alone: no change to any other file of the repository leaves this machine.
+    """
+    tags, _ = git_state()
+    if not tags:
+        return None
+    package = Path(cosa_ray.__file__).parent
+    diff = _cut(_git(package, "diff", "HEAD", *_PLAIN_DIFF, "--", ".") or b"")
+    return json.dumps({"tags": tags, "diff": diff.decode(errors="replace")}, indent=1)
+
+
+def _sent_git_state() -> tuple[dict[str, str], bytes | None]:
+    for place in (Path(cosa_ray.__file__).parent.parent, Path.cwd()):
+        with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):
+            said = json.loads((place / GIT_FILE).read_text(encoding="utf-8"))
+            return {str(key): str(value) for key, value in said["tags"].items()}, said["diff"].encode() or None
     return {}, None
+
+
+def _cut(diff: bytes) -> bytes:
+    return diff if len(diff) <= DIFF_BYTES else diff[:DIFF_BYTES] + b"\n[cut here: the diff is longer]\n"
 
 
 def environment() -> dict[str, Any]:
@@ -165,15 +192,6 @@ def _without_secrets(config: Config) -> Config:
         return config
     tracking = config.tracking.model_copy(update={"uri": without_credentials(uri)})
     return config.model_copy(update={"tracking": tracking})
-
-
-def without_credentials(uri: str) -> str:
-    """The URI without user, password and query."""
-    try:
-        parts = urlsplit(uri)
-    except ValueError:
-        return uri.rpartition("@")[2]
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", "")) if parts.netloc else uri
 
 
 def _git(folder: Path, *words: str) -> bytes | None:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from cosa_ray.config.credentials import redacted, without_credentials
 from cosa_ray.config.schema import Config
 from cosa_ray.errors import UserError
-from cosa_ray.tracking.describe import RunDescription, describe, without_credentials
+from cosa_ray.tracking.describe import RunDescription, describe
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -41,6 +42,10 @@ class Store:
     def shown(self) -> str:
         """The URI without credentials, for messages and logs."""
         return without_credentials(self.uri)
+
+    def said(self, error: BaseException) -> str:
+        """The first line of an error that came of using the store, without the credentials its text may repeat."""
+        return redacted((str(error) or type(error).__name__).splitlines()[0], self.uri)
 
     def client(self) -> MlflowClient:
         """A client that gives up soon: whoever calls it retries in its own time."""
@@ -124,12 +129,14 @@ def checked_uri(uri: str, origin: str) -> str:
     if scheme == "sqlite":
         path = sqlite_path(uri)
         if path is None:
-            raise UserError(f"{origin} names no file: {uri!r}; {advice}")
+            raise UserError(f"{origin} names no file: {without_credentials(uri)!r}; {advice}")
         return f"sqlite:///{path}"
     if scheme in _DATABASES or uri == "databricks" or scheme == "databricks":
         return uri
     if scheme in ("", "file"):
-        raise UserError(f"{origin} is a folder, which MLflow no longer writes to: {uri!r}; {advice}")
+        raise UserError(
+            f"{origin} is a folder, which MLflow no longer writes to: {without_credentials(uri)!r}; {advice}"
+        )
     raise UserError(f"{origin} has an unknown scheme: {without_credentials(uri)!r}; {advice}")
 
 
@@ -189,7 +196,7 @@ def check_store(store: Store) -> None:
 def _explain(store: Store, path: Path | None, error: Exception) -> None:
     """Turn what MLflow raised into a UserError, or a warning when the server is merely away."""
     message = str(error)
-    first = message.splitlines()[0] if message else type(error).__name__
+    first = store.said(error)
     if "out-of-date database schema" in message or "Can't locate revision" in message:
         import mlflow
 
@@ -226,7 +233,7 @@ def find_run_id(tracking: Tracking) -> str | None:
         client = tracking.store.client()
         return find_run(client, tracking.store.experiment_id(client), tracking.run, tracking.folder)
     except Exception as error:
-        log.debug("no MLflow run id of %s: %s", tracking.run, error)
+        log.debug("no MLflow run id of %s: %s", tracking.run, tracking.store.said(error))
         return None
 
 
@@ -236,10 +243,11 @@ def folder_of_run(run_id: str, config: Config | None = None) -> str | None:
     path = sqlite_path(uri)
     if path is not None and not path.exists():
         return None
+    store = Store(uri, "")
     try:
-        tags: dict[str, str] = Store(uri, "").client().get_run(run_id).data.tags
+        tags: dict[str, str] = store.client().get_run(run_id).data.tags
     except Exception as error:
-        log.debug("no MLflow run %s: %s", run_id, error)
+        log.debug("no MLflow run %s: %s", run_id, store.said(error))
         return None
     return tags.get(FOLDER_TAG)
 

@@ -10,10 +10,12 @@ import logging
 import re
 import threading
 import time
+import traceback
 import uuid
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from cosa_ray.config.credentials import redacted
 from cosa_ray.tracking.delivery import Delivery
 from cosa_ray.tracking.describe import RunDescription, environment
 from cosa_ray.tracking.lane import Lane
@@ -76,7 +78,7 @@ def deliver(tracking: Tracking, timeout: float = 60.0) -> bool:
             return True
         except Exception as error:
             if time.monotonic() + pause > deadline:
-                log.warning("the spool %s is not delivered yet: %s", tracking.spool, _first_line(error))
+                log.warning("the spool %s is not delivered yet: %s", tracking.spool, tracking.store.said(error))
                 return False
         time.sleep(pause)
         pause = min(2 * pause, RETRY_SECONDS[1])
@@ -90,7 +92,8 @@ def _never_raises(method: _Method) -> _Method:
         try:
             return method(self, *args, **kwargs)
         except Exception as error:
-            self.warn_once(method.__name__, f"tracking: {method.__name__} failed: {_first_line(error)}")
+            said = self._tracking.store.said(error)
+            self.warn_once(method.__name__, f"tracking: {method.__name__} failed: {said}")
             return False
 
     return guarded  # type: ignore[return-value]
@@ -290,26 +293,24 @@ class Tracker:
         return failed
 
     def _spill(self, cause: Exception) -> None:
-        log.debug("MLflow delivery failed", exc_info=cause)
+        store = self._tracking.store
+        # Not as exc_info: the lines of a traceback may hold the store's password.
+        log.debug("MLflow delivery failed: %s", redacted("".join(traceback.format_exception(cause)), store.uri))
         if not self._away:
             log.warning(
                 "MLflow at %s does not take records (%s); the run goes on, they wait in %s and are delivered later",
-                self._tracking.store.shown,
-                _first_line(cause)[:200],
+                store.shown,
+                store.said(cause)[:200],
                 self._tracking.spool,
             )
         try:
             for lane in self._lanes.values():
                 lane.spill()
         except Exception as error:
-            self.warn_once("spool", f"tracking: {self._tracking.spool} cannot be written: {_first_line(error)}")
+            self.warn_once("spool", f"tracking: {self._tracking.spool} cannot be written: {store.said(error)}")
 
 
 def _encoded(image: Image, kind: str, **options: Any) -> str:
     stream = io.BytesIO()
     image.save(stream, format=kind, **options)
     return base64.b64encode(stream.getvalue()).decode()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -17,9 +18,9 @@ from threading import Thread
 from typing import IO
 from urllib.parse import urlencode
 
+from cosa_ray.config.credentials import redacted, without_credentials
 from cosa_ray.config.schema import Config
 from cosa_ray.errors import RunFailed, UserError
-from cosa_ray.tracking.describe import without_credentials
 from cosa_ray.tracking.store import checked_uri, sqlite_path, tracking_uri
 
 START_SECONDS = 300.0
@@ -49,11 +50,12 @@ class Pages(AbstractContextManager["Pages"]):
         _check_port(host, port)
         path = sqlite_path(uri)
         artifacts = (path.parent if path else Path.cwd()) / "mlartifacts"
-        command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
-        command += ["--artifacts-destination", artifacts.as_uri(), "--workers", str(workers)]
-        command += ["--host", host, "--port", str(port)]
+        command = [sys.executable, "-m", "mlflow", "server", "--artifacts-destination", artifacts.as_uri()]
+        command += ["--workers", str(workers), "--host", host, "--port", str(port)]
         environment = {
             **os.environ,
+            # Not on the command line, which every user of the machine can read: the URI may hold a password.
+            "MLFLOW_BACKEND_STORE_URI": uri,
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
             "MLFLOW_DISABLE_TELEMETRY": "true",
         }
@@ -69,6 +71,7 @@ class Pages(AbstractContextManager["Pages"]):
             stderr=subprocess.STDOUT,
             text=True,
         )
+        self._uri = uri
         self._said: deque[str] = deque(maxlen=40)
         assert self.process.stdout is not None
         self._reader = Thread(target=self._read, args=(self.process.stdout,), daemon=True)
@@ -134,11 +137,17 @@ class Pages(AbstractContextManager["Pages"]):
     def _read(self, stream: IO[str]) -> None:
         # Read on, or the server blocks once the pipe is full.
         for line in stream:
-            self._said.append(line.strip())
+            self._said.append(redacted(line.strip(), self._uri))
 
     def _last_words(self) -> str:
         errors = [line for line in self._said if "error" in line.lower() or "exception" in line.lower()]
         return (errors or list(self._said) or ["it said nothing"])[-1]
+
+
+def command_to_show(shown_uri: str) -> str:
+    """The command that shows a store, given as people see it: with --uri only where `cosa-ray ui` means another."""
+    here = without_credentials(tracking_uri(Config()))
+    return "cosa-ray ui" if shown_uri == here else f"cosa-ray ui --uri {shlex.quote(shown_uri)}"
 
 
 def is_server(uri: str) -> bool:

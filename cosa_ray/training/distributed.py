@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cosa_ray.config.schema import Config
+from cosa_ray.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -36,34 +39,81 @@ class Workers:
         """The module under DDP, or as it is with one worker."""
         if self.world == 1:
             return module
-        return DistributedDataParallel(
+        wrapped = DistributedDataParallel(
             module,
             device_ids=[self.device.index] if self.device.type == "cuda" else None,
             broadcast_buffers=False,
             gradient_as_bucket_view=True,
         )
+        if self.device.type == "cpu" and self.world > 2:
+            # A lambda, because DDP does not understand annotations that are strings.
+            wrapped.register_comm_hook(self.world, lambda world, bucket: _mean_in_rank_order(world, bucket))
+        return wrapped
 
 
-def join_workers() -> Workers:
+def _mean_in_rank_order(world: int, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """DDP's mean of a bucket, every element added up in the order of the ranks.
+
+    Gloo adds in an order that follows an element's place in the bucket, and DDP lays its buckets out anew after the
+    first step of a process. So a resumed run would differ in the last bit; two addends have one order only.
+    """
+    mine = bucket.buffer()
+    parts = [torch.empty_like(mine) for _ in range(world)]
+
+    def mean(_gathered: torch.futures.Future[object]) -> Tensor:
+        for part in parts[1:]:
+            parts[0].add_(part)
+        return parts[0].div_(world)
+
+    gathered = dist.all_gather(parts, mine, async_op=True)
+    return gathered.get_future().then(mean)
+
+
+def join_workers(device: torch.device | None = None) -> Workers:
     """This process's place: from the process group that Ray Train or torchrun made, else alone.
 
-    The device is the worker's GPU when it was given one.
+    `device` is the one Ray gives the worker; without it, the GPU of the local rank where there are GPUs. Raises
+    UserError when there are more processes here than GPUs.
     """
-    if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    if device is None:
+        device = _local_device()
+    if device.type == "cuda":
         torch.cuda.set_device(device)
+    if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     return Workers(rank, world, device)
 
 
-def set_threads(config: Config, cpus: float | None) -> None:
-    """Give torch the configured CPU threads, else as many as the CPUs this worker was lent."""
-    threads = config.training.threads or (max(1, round(cpus)) if cpus else None)
-    if threads:
-        torch.set_num_threads(threads)
+def _local_device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if rank >= gpus:
+        raise UserError(
+            f"process {rank} of this machine has no GPU: there are {gpus}; start at most one process a GPU."
+        )
+    return torch.device("cuda", rank)
+
+
+@contextmanager
+def torch_settings(config: Config, cpus: float | None, device: torch.device) -> Iterator[None]:
+    """Torch as a run needs it, and afterwards as it was, because `--local` runs in the caller's process.
+
+    The configured CPU threads, else as many as the CPUs this worker was lent; deterministic algorithms on the CPU.
+    """
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    wanted = config.training.threads or (max(1, round(cpus)) if cpus else None)
+    if wanted:
+        torch.set_num_threads(wanted)
+    torch.use_deterministic_algorithms(device.type == "cpu")
+    try:
+        yield
+    finally:
+        if wanted:
+            torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
 
 
 def autocast_dtype(config: Config, device: torch.device) -> torch.dtype | None:
@@ -79,6 +129,14 @@ def _has_bf16(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     checks = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
     return any(check() for check in checks if check is not None)
+
+
+class Agreed(NamedTuple):
+    """What holds for all workers after a step: the terms that were not finite, and whether one wishes to stop."""
+
+    step: int
+    bad: list[str]
+    stop: bool
 
 
 class StepStatus:
@@ -108,8 +166,8 @@ class StepStatus:
         self._pending = (step, list(values), host, event)
         return finite
 
-    def read(self) -> tuple[int, list[str], bool] | None:
-        """(step, names of terms that were not finite, stop wished) of the last shared step; None when read already."""
+    def read(self) -> Agreed | None:
+        """What was agreed at the last shared step; None when read already."""
         if self._pending is None:
             return None
         step, names, host, event = self._pending
@@ -117,4 +175,5 @@ class StepStatus:
             event.synchronize()
         counts = host.tolist()
         self._pending = None
-        return step, [name for name, count in zip(names, counts[:-1], strict=True) if count], counts[-1] > 0
+        bad = [name for name, count in zip(names, counts[:-1], strict=True) if count]
+        return Agreed(step, bad, counts[-1] > 0)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,19 +17,13 @@ from cosa_ray.config.load import apply_overrides
 from cosa_ray.config.schema import Config
 from cosa_ray.errors import RunFailed, UserError
 from cosa_ray.training.loop import Job, Outcome, run_worker
-from cosa_ray.training.runs import Run, check_free, check_name, create_run, find_run, read_run, resume_run
-from cosa_ray.training.session import LocalSession, Progress, RaySession, start_monitor
+from cosa_ray.training.ray_train import cpus_per_worker, fit, ray_cluster
+from cosa_ray.training.runs import Run, check_free, check_name, create_run, find_run, resume_run
+from cosa_ray.training.session import LocalSession, Progress, start_monitor
 
 log = logging.getLogger(__name__)
 POLL_SECONDS = 0.5
-
-# Read by Ray Train when a run starts: workers keep the folder they are in, print once, and are looked at often.
-RAY_TRAIN_SETTINGS = {
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
-}
+DELIVERY_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
@@ -79,7 +72,9 @@ def train(
         check_free(name, config)
     elif run.record.state == "finished":
         log.warning("run %s is finished already; nothing to do", name)
-        return summary(run, Outcome("finished", _last_step(run)))
+        if track:
+            _deliver_rest(run, config)
+        return summary(run, Outcome("finished", run.step))
     preflight(config, initialise=not resume and config.init_from is None)
     show = show or (lambda progress: log.info("%s", progress.line()))
     if local:
@@ -187,11 +182,17 @@ def prepare(
 
 
 def conclude(run: Run, job: Job, outcome: Outcome) -> RunResult:
-    """Write down how the run ended, drop full states nobody asked for, and sum it up."""
+    """Write down how the run ended, in MLflow too, drop full states nobody asked for, and sum it up."""
     mlflow_run_id = None
     if job.tracking is not None:
         from cosa_ray.tracking.store import find_run_id
+        from cosa_ray.tracking.tracker import open_tracker
 
+        if outcome.state not in ("finished", "stopped"):
+            # Workers that died could not say so: their MLflow run would stay RUNNING.
+            tracker = open_tracker(replace(job.tracking, description=None))
+            tracker.set_tags({"cosa_ray.cause": outcome.cause} if outcome.cause else {})
+            tracker.finish("FAILED")
         mlflow_run_id = find_run_id(job.tracking)
     run = run.update(state=outcome.state, cause=outcome.cause, mlflow_run_id=mlflow_run_id)
     if outcome.state == "finished" and not job.config.checkpoint.keep_full_state:
@@ -218,98 +219,6 @@ def summary(run: Run, outcome: Outcome) -> RunResult:
     )
 
 
-def fit(job: Job, monitor: Any, callbacks: Sequence[Any] = ()) -> Outcome:
-    """Run a job's workers under Ray Train and wait; also what a Tune trial calls. Never raises for a failed run."""
-    import ray
-    import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    config = job.config
-    os.environ.update({key: os.environ.get(key, value) for key, value in RAY_TRAIN_SETTINGS.items()})
-    job = replace(job, cpus_per_worker=cpus_per_worker(config, ray.cluster_resources()))
-    storage, _, name = job.folder.rpartition("/")
-
-    def worker(handed: dict[str, Any]) -> Outcome:
-        session = RaySession(handed["monitor"], handed["job"].name, ray.train.get_context().get_world_rank())
-        try:
-            return run_worker(handed["job"], session)
-        except UserError as error:
-            # Starting again would meet the same mistake.
-            return Outcome("failed", 0, str(error))
-
-    trainer = TorchTrainer(
-        worker,
-        train_loop_config={"job": job, "monitor": monitor},
-        torch_config=TorchConfig(backend="nccl" if config.resources.gpus_per_worker else "gloo"),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=config.workers,
-            use_gpu=config.resources.gpus_per_worker > 0,
-            resources_per_worker={"CPU": job.cpus_per_worker, "GPU": config.resources.gpus_per_worker},
-        ),
-        run_config=ray.train.RunConfig(
-            name=name,
-            storage_path=storage,
-            callbacks=list(callbacks),
-            failure_config=ray.train.FailureConfig(
-                max_failures=config.resources.max_failures, controller_failure_limit=3
-            ),
-        ),
-    )
-    try:
-        outcome = trainer.fit().return_value
-    except ray.train.TrainingFailedError as error:
-        return Outcome("failed", _last_step(read_run(job.folder)), _cause(error))
-    return outcome or Outcome("failed", _last_step(read_run(job.folder)), "the workers returned nothing")
-
-
-def cpus_per_worker(config: Config, cluster: dict[str, float]) -> float:
-    """Logical CPUs a worker: as configured, else the cluster's shared out evenly with a little left for drivers.
-
-    Raises UserError with the arithmetic when the workers cannot fit, instead of waiting for ever.
-    """
-    cpus, gpus = cluster.get("CPU", 0.0), cluster.get("GPU", 0.0)
-    each = config.resources.cpus_per_worker
-    if each is None:
-        each = int(max(0.01, (cpus - 0.1) / config.workers) * 100) / 100
-    if config.workers * each > cpus:
-        raise UserError(
-            f"{config.workers} workers x {each} CPUs = {config.workers * each:g} do not fit the cluster's {cpus:g} "
-            "CPUs; lower workers or resources.cpus_per_worker."
-        )
-    if config.workers * config.resources.gpus_per_worker > gpus:
-        raise UserError(
-            f"{config.workers} workers x {config.resources.gpus_per_worker} GPUs = "
-            f"{config.workers * config.resources.gpus_per_worker:g} do not fit the cluster's {gpus:g} GPUs; "
-            "lower workers or resources.gpus_per_worker."
-        )
-    return each
-
-
-@contextlib.contextmanager
-def ray_cluster() -> Iterator[None]:
-    """An attached Ray cluster (RAY_ADDRESS, or the one this process is in), else a fresh local one for the block."""
-    import ray
-
-    if ray.is_initialized():
-        yield
-        return
-    for key, value in RAY_TRAIN_SETTINGS.items():
-        os.environ.setdefault(key, value)
-    started = not os.environ.get("RAY_ADDRESS")
-    # The dashboard stays on: without it Ray leaks the placement groups of stopped trials.
-    ray.init(
-        address="local" if started else None,
-        include_dashboard=True if started else None,
-        log_to_driver=False,
-        logging_level=logging.WARNING,
-        runtime_env={"env_vars": RAY_TRAIN_SETTINGS},
-    )
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
 @contextlib.contextmanager
 def catch_stop() -> Iterator[threading.Event]:
     """Ctrl-C and SIGTERM set the yielded event once; a second one acts as usual. Outside the main thread: no change."""
@@ -332,6 +241,22 @@ def catch_stop() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _deliver_rest(run: Run, config: Config) -> None:
+    """Deliver what a finished run left on its spool, if its server takes it now; never fails."""
+    from cosa_ray.tracking.store import open_store
+    from cosa_ray.tracking.tracker import deliver
+
+    try:
+        if run.folder.exists("spool"):
+            record = run.record
+            tracking = open_store(
+                config, run_name=record.name, folder=run.folder.uri, parent_run_id=record.parent_run_id
+            )
+            deliver(tracking, timeout=DELIVERY_SECONDS)
+    except Exception as error:
+        log.warning("what run %s left on its spool is not delivered yet: %s", run.record.name, error)
 
 
 def _fit_and_show(job: Job, stop: threading.Event, show: Callable[[Progress], None]) -> Outcome:
@@ -364,16 +289,3 @@ def _fit_and_show(job: Job, stop: threading.Event, show: Callable[[Progress], No
     if isinstance(outcome, BaseException):
         raise outcome
     return outcome
-
-
-def _last_step(run: Run | None) -> int:
-    entry = run.checkpoints.latest() if run else None
-    return entry.step if entry else 0
-
-
-def _cause(error: BaseException) -> str:
-    """The innermost message of a training failure, on one line."""
-    failures = getattr(error, "worker_failures", None) or {}
-    inner: BaseException = next(iter(failures.values()), error)
-    cause = getattr(inner, "cause", None) or inner
-    return " ".join(str(cause).strip().splitlines()[-1:]) or type(cause).__name__

@@ -6,7 +6,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Generator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from cosa_ray.evaluation.evaluate import best_metric, evaluate, metric_prefix
 from cosa_ray.method.schedule import phase
 from cosa_ray.method.step import MicroBatch, StepOutput, classification_step, cotraining_step, fill_step
 from cosa_ray.tracking.tracker import Tracking, open_tracker
-from cosa_ray.training.distributed import StepStatus, Workers, autocast_dtype, join_workers, set_threads
+from cosa_ray.training.distributed import Agreed, StepStatus, Workers, autocast_dtype, join_workers, torch_settings
 from cosa_ray.training.session import Progress, Session
 from cosa_ray.training.state import Description, TrainState
 from cosa_ray.training.storage import CheckpointEntry, CheckpointStore, RunFolder
@@ -51,15 +51,15 @@ class Outcome:
     cause: str | None = None
 
 
-def run_worker(job: Job, session: Session) -> Outcome:
+def run_worker(job: Job, session: Session, device: torch.device | None = None) -> Outcome:
     """Train from the last registered checkpoint, or from the start, until the end, a stop or a non-finite loss.
 
-    Every worker of the run calls it; rank 0 alone writes. Wrong input raises UserError before the first step.
+    Every worker of the run calls it; rank 0 alone writes. `device`: as for `join_workers`. Wrong input raises
+    UserError, nearly always before the first step.
     """
-    set_threads(job.config, job.cpus_per_worker)
-    workers = join_workers()
-    torch.use_deterministic_algorithms(workers.device.type == "cpu")
-    return _Run(job, session, workers).train()
+    workers = join_workers(device)
+    with torch_settings(job.config, job.cpus_per_worker, workers.device):
+        return _Run(job, session, workers).train()
 
 
 class _Run:
@@ -83,6 +83,10 @@ class _Run:
         self._restore(latest)
         self.tracker = open_tracker(job.tracking if workers.rank == 0 else None)
         self._wrapped: tuple[str, torch.nn.Module] | None = None
+        if config.training.compile:
+            # Every input size is compiled on its own: three scales of AN, with and without its decoder, are over 8.
+            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+            self.state.assignment.compile()
         self._marks: list[tuple[float, int]] = [(time.perf_counter(), self.state.step)]
         self._waited = 0.0
         self._shown = 0.0
@@ -105,29 +109,35 @@ class _Run:
     def _steps(self) -> Outcome:
         config, state = self.config, self.state
         total = config.training.steps
+        # A restart: killed between its checkpoint and its report, an evaluation has not reached the scheduler.
+        self._report()
         if state.step >= total:
-            # A restart after the last checkpoint: nothing is left, but a scheduler still waits for the last metrics.
-            self._report()
             return Outcome("finished", state.step)
         with closing(self._batches()) as batches:
             while state.step < total:
                 before = time.perf_counter()
                 batch = next(batches)
                 self._waited += time.perf_counter() - before
-                agreed = self._step(batch)
+                flags = [self._step(batch)]
                 milestone = state.step % config.evaluation.every == 0 or state.step == total
                 keep = milestone or state.step % config.checkpoint.every == 0
-                # A checkpoint must not hold a step whose flags nobody has read.
-                for flags in (agreed, self.status.read() if keep else None):
-                    if (ended := self._ended(flags)) is not None:
-                        return ended
+                if keep or (flags[0] is not None and flags[0].stop):
+                    # The step just taken has flags of its own: a checkpoint must not hold what nobody has read.
+                    flags.append(self.status.read())
+                agreed = [each for each in flags if each is not None]
+                for each in agreed:
+                    if each.bad:
+                        return Outcome("diverged", state.step, f"{', '.join(each.bad)} not finite at step {each.step}")
+                stop = any(each.stop for each in agreed)
                 self._show()
                 if milestone:
                     self._evaluate()
-                if keep:
+                if keep or stop:
                     self._checkpoint(self.metrics if milestone else {})
                 if milestone:
                     self._report()
+                if stop and state.step < total:
+                    return Outcome("stopped", state.step)
         return Outcome("finished", state.step)
 
     def _batches(self) -> Generator[TrainingBatch, None, None]:
@@ -144,7 +154,7 @@ class _Run:
             processes=config.data.loader_processes,
         )
 
-    def _step(self, batch: TrainingBatch) -> tuple[int, list[str], bool] | None:
+    def _step(self, batch: TrainingBatch) -> Agreed | None:
         """One optimiser step; returns what the workers agreed on after the step before."""
         config, state, workers = self.config, self.state, self.workers
         step, log_now = state.step, (state.step + 1) % config.tracking.log_every == 0
@@ -215,21 +225,6 @@ class _Run:
         pieces = [part.tensor_split(self.config.training.accumulate) for part in whole]
         return [MicroBatch(*piece) for piece in zip(*pieces, strict=True)]
 
-    def _ended(self, agreed: tuple[int, list[str], bool] | None) -> Outcome | None:
-        """How the flags end the run, if they do; a stop leaves a checkpoint first."""
-        if agreed is None:
-            return None
-        step, bad, stop = agreed
-        if bad:
-            return Outcome("diverged", self.state.step, f"{', '.join(bad)} not finite at step {step}")
-        if stop:
-            # The step just taken has flags of its own: a checkpoint must not hold what nobody has read.
-            if (worse := self._ended(self.status.read())) is not None:
-                return worse
-            self._checkpoint({})
-            return Outcome("stopped", self.state.step)
-        return None
-
     def _log(self, output: StepOutput, norm: Tensor) -> None:
         """Log a step: the only place where a step waits for the device."""
         state, config = self.state, self.config
@@ -282,26 +277,29 @@ class _Run:
     def _evaluate(self) -> None:
         """Evaluate both networks on all workers; rank 0 logs metrics and pictures."""
         began = time.perf_counter()
-        result = evaluate(
-            self.state.online,
-            self.state.assignment,
-            self.val_split,
-            self.config,
-            classes=self.dataset.classes,
-            palette=self.dataset.card.palette,
-            thresholds=self.state.threshold_values(),
-            segment=self.state.step > self.config.training.warmup_iters,
-            rank=self.workers.rank,
-            world=self.workers.world,
-            sum_over_workers=self.workers.sum,
-            device=self.workers.device,
-            autocast=self.autocast,
-        )
+        # Not compiled: it has sizes of its own, and compiling them would take longer than it saves.
+        with torch.compiler.set_stance("force_eager") if self.config.training.compile else nullcontext():
+            result = evaluate(
+                self.state.online,
+                self.state.assignment,
+                self.val_split,
+                self.config,
+                classes=self.dataset.classes,
+                palette=self.dataset.card.palette,
+                thresholds=self.state.threshold_values(),
+                segment=self.state.step > self.config.training.warmup_iters,
+                rank=self.workers.rank,
+                world=self.workers.world,
+                sum_over_workers=self.workers.sum,
+                device=self.workers.device,
+                autocast=self.autocast,
+            )
         self.metrics = {**{k: v for k, v in self.metrics.items() if k.startswith("train/")}, **result.metrics}
         took = time.perf_counter() - began
         self.tracker.log({**result.metrics, "perf/evaluation_seconds": took}, self.state.step)
-        for name, picture in result.pictures().items():
-            self.tracker.log_image(name, picture, self.state.step)
+        if self.workers.rank == 0 and self.job.tracking is not None:  # nobody else looks at pictures
+            for name, picture in result.pictures().items():
+                self.tracker.log_image(name, picture, self.state.step)
         # Evaluations are no training time: leave them out of the rate.
         self._marks = [(time.perf_counter(), self.state.step)]
         self._show(force=True)

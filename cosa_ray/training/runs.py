@@ -57,6 +57,12 @@ class Run:
         self.folder.write_text(RECORD, json.dumps(asdict(record), indent=1))
         return Run(self.folder, record)
 
+    @property
+    def step(self) -> int:
+        """Steps of its latest checkpoint, 0 when it has none."""
+        latest = self.checkpoints.latest()
+        return latest.step if latest else 0
+
     def best(self) -> CheckpointEntry:
         """Its best checkpoint; UserError when it has none yet."""
         entry = self.checkpoints.best()
@@ -84,7 +90,8 @@ def read_run(uri: str) -> Run | None:
 def check_free(name: str, config: Config) -> RunFolder:
     """The folder a new run of this name would have; UserError when the name is taken."""
     folder = RunFolder(f"{config.storage.rstrip('/')}/{check_name(name)}")
-    if folder.exists():
+    # A kill while a run is made leaves its config, or a half-written file, and no record: that is no run.
+    if any(name != CONFIG and not name.startswith(".") for name in folder.names()):
         raise UserError(
             f"run {name} exists already in {folder.uri}: continue it with --resume, or choose another --name; "
             "nothing was changed."

@@ -121,12 +121,20 @@ class RaySession:
 
 
 class Monitor:
-    """Actor beside the driver: the latest progress of every run, and who is asked to stop."""
+    """Actor beside the driver: the latest progress of every run, who is asked to stop, and who may run at once.
 
-    def __init__(self) -> None:
+    Its calls run in several threads, so what one call reads and writes together it does under the lock.
+    """
+
+    def __init__(self, slots: int | None = None) -> None:
+        """`slots`: how many runs may hold one at once, None for any number."""
         self._latest: dict[str, dict[str, Any]] = {}
         self._stop: set[str] = set()
         self._stop_all = False
+        self._slots = slots
+        self._holders: set[str] = set()
+        self._kept: dict[str, Any] = {}
+        self._lock = threading.Lock()
 
     def post(self, progress: dict[str, Any]) -> None:
         """Keep a run's newest progress."""
@@ -147,10 +155,36 @@ class Monitor:
         """True when this run was asked to end."""
         return self._stop_all or run in self._stop
 
+    def acquire(self, run: str) -> bool:
+        """Give the run a slot and say True, also when it holds one already; False while none is free."""
+        with self._lock:
+            if run not in self._holders and self._slots is not None and len(self._holders) >= self._slots:
+                return False
+            self._holders.add(run)
+            return True
 
-def start_monitor() -> Any:
+    def release(self, run: str) -> None:
+        """Take the run's slot back, if it holds one."""
+        with self._lock:
+            self._holders.discard(run)
+
+    def keep(self, key: str, value: Any) -> None:
+        """Remember a value as long as the monitor lives; None forgets it."""
+        with self._lock:
+            if value is None:
+                self._kept.pop(key, None)
+            else:
+                self._kept[key] = value
+
+    def kept(self, key: str) -> Any:
+        """The value kept under a key, None when there is none."""
+        with self._lock:
+            return self._kept.get(key)
+
+
+def start_monitor(slots: int | None = None) -> Any:
     """Start the monitor actor of this driver; it ends with the driver, or when the handle is dropped."""
     import ray
 
     # Zero CPUs, so that it never takes a worker's place; beside the driver, which it serves.
-    return ray.remote(num_cpus=0, max_concurrency=4)(Monitor).remote()
+    return ray.remote(num_cpus=0, max_concurrency=4)(Monitor).remote(slots)

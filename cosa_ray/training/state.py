@@ -96,6 +96,8 @@ class TrainState:
             weights=backbone_weights(config) if initialise else None,
             image_size=config.views.crop,
             initialise=initialise,
+            sides=[config.views.crop * scale for scale in config.assignment.scales]
+            + [(config.evaluation.size or config.views.crop) * scale for scale in config.evaluation.scales],
         ).to(device)
         # An exact copy of ON, heads included (the release's own random heads were a slip; method.md 1).
         self.assignment = deepcopy(self.online).requires_grad_(False).eval()

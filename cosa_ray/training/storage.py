@@ -63,10 +63,17 @@ class RunFolder:
                 stream.flush()
                 os.fsync(stream.fileno())
             os.replace(temporary, target)
+            _sync(posixpath.dirname(target))
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
             raise
+
+    def names(self) -> list[str]:
+        """Names of everything in the folder; none when it is not there."""
+        if not self.exists():
+            return []
+        return sorted(posixpath.basename(entry.rstrip("/")) for entry in self.fs.ls(self.path, detail=False))
 
     def folders(self, name: str) -> list[str]:
         """Names of the folders inside a folder."""
@@ -80,11 +87,18 @@ class RunFolder:
         )
 
     def put(self, source: Path, name: str) -> None:
-        """Upload the files of a local folder into a folder of this one."""
+        """Upload the files of a local folder into a folder of this one, durably before it returns."""
+        target = self.join(name)
         if self.is_local:
-            os.makedirs(self.join(name), exist_ok=True)
+            os.makedirs(target, exist_ok=True)
         for file in sorted(source.iterdir()):
-            self.fs.put_file(str(file), posixpath.join(self.join(name), file.name))
+            copy = posixpath.join(target, file.name)
+            self.fs.put_file(str(file), copy)
+            if self.is_local:
+                _sync(copy)
+        if self.is_local:
+            for folder in (target, posixpath.dirname(target), self.path):
+                _sync(folder)
 
     @contextlib.contextmanager
     def local_copy(self, name: str) -> Iterator[Path]:
@@ -101,6 +115,15 @@ class RunFolder:
         """Delete a file or folder; nothing happens when it is gone or cannot be deleted."""
         with contextlib.suppress(OSError):
             self.fs.rm(self.join(name), recursive=True)
+
+
+def _sync(path: str) -> None:
+    """Wait until a local file's content, or a folder's list of names, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,29 @@ from typing import Any
 from cosa_ray.config.load import apply_overrides, load_config
 from cosa_ray.config.schema import Config
 from cosa_ray.data.dataset import open_dataset
+from cosa_ray.data.importing import Progress as ImportProgress
 from cosa_ray.data.importing import import_dataset
 from cosa_ray.errors import RunFailed
 from cosa_ray.tracking.store import tracking_uri
 from cosa_ray.training.driver import ray_cluster, train
+from cosa_ray.training.session import Progress
 from cosa_ray.tuning.sweep import SweepProgress, SweepResult, load_sweep, run_sweep
 
 TOLERANCE = 1e-4
 STEPS, WARMUP = 100, 50
+
+
+def _silent() -> AbstractContextManager[None]:
+    return nullcontext(None)
+
+
+@dataclass(frozen=True)
+class Displays:
+    """What shows how far each of the three steps is: opened for the time of its step, None shows nothing."""
+
+    importing: Callable[[], AbstractContextManager[Callable[[ImportProgress], None] | None]] = _silent
+    sweeping: Callable[[], AbstractContextManager[Callable[[SweepProgress], None] | None]] = _silent
+    training: Callable[[], AbstractContextManager[Callable[[Progress], None] | None]] = _silent
 
 
 @dataclass(frozen=True)
@@ -59,13 +75,14 @@ def run_demo(
     *,
     sweep_file: str = "shapes",
     say: Callable[[str], None] = print,
-    show: Callable[[SweepProgress], None] | None = None,
+    displays: Displays | None = None,
 ) -> DemoResult:
     """Import shapes, sweep CoSA over them, and run the winner across the start of co-training on 1 and 2 workers.
 
     Everything goes into `folder`: datasets/shapes (kept when it is there), runs, mlflow.db (unless MLFLOW_TRACKING_URI
-    says otherwise). Raises UserError or RunFailed as the verbs do.
+    says otherwise). Raises UserError or RunFailed as the verbs do, RunFailed also when it is stopped.
     """
+    displays = displays or Displays()
     place = Path(folder).resolve()
     name = time.strftime("demo-%Y%m%d-%H%M%S")
     settings: dict[str, Any] = {"storage": str(place / "runs"), "data.dataset": str(place / "datasets" / "shapes")}
@@ -78,19 +95,24 @@ def run_demo(
             say(f"1/3 data: {base.data.dataset} is there already")
         else:
             say("1/3 data: making 2,200 pictures of shapes")
-            import_dataset("shapes", None, base.data.dataset)
+            with displays.importing() as show_import:
+                import_dataset("shapes", None, base.data.dataset, progress=show_import)
         images = open_dataset(base.data.dataset).card.splits
         say("    " + ", ".join(f"{split}: {card.images} images" for split, card in images.items()))
         say(f"2/3 sweep {name}: {sweep.trials} trials of {base.training.steps} steps")
-        result = run_sweep(sweep, base, name=name, show=show)
+        with displays.sweeping() as show_sweep:
+            result = run_sweep(sweep, base, name=name, show=show_sweep)
         if result.state == "stopped":
             raise RunFailed(f"demo stopped while sweeping; what was done is in {result.folder} and in MLflow.")
         if result.best is None or result.best_file is None:
             raise RunFailed(f"demo {name}: no trial succeeded (folder {result.folder}).")
         say(f"3/3 the winner for {STEPS} steps with one and with two workers")
         winner = load_config(result.best_file)
-        curves = [_loss_curve(_short(winner, workers), f"{name}-{workers}-workers") for workers in (1, 2)]
-    return DemoResult(result, [(step, one, curves[1][step]) for step, one in curves[0].items()])
+        curves = []
+        for workers in (1, 2):
+            with displays.training() as show_run:
+                curves.append(_loss_curve(_short(winner, workers), f"{name}-{workers}-workers", show_run))
+    return DemoResult(result, [(step, curves[0][step], curves[1][step]) for step in range(1, STEPS + 1)])
 
 
 def _short(winner: Config, workers: int) -> Config:
@@ -113,12 +135,20 @@ def _short(winner: Config, workers: int) -> Config:
     )
 
 
-def _loss_curve(config: Config, name: str) -> dict[int, float]:
-    """Train and read the loss of every step back from MLflow."""
+def _loss_curve(config: Config, name: str, show: Callable[[Progress], None] | None) -> dict[int, float]:
+    """Train and read the loss of every step back from MLflow. Raises RunFailed unless every step is there."""
     from mlflow import MlflowClient
 
-    result = train(config, name=name)
+    result = train(config, name=name, show=show)
+    if result.state != "finished":
+        raise RunFailed(f"demo: run {name} {result.state} at step {result.step}, so there is nothing to compare.")
     if result.mlflow_run_id is None:
         raise RunFailed(f"demo: run {name} did not reach MLflow, so its losses cannot be compared.")
     points = MlflowClient(tracking_uri=tracking_uri(config)).get_metric_history(result.mlflow_run_id, "train/loss")
-    return {point.step: point.value for point in points}
+    curve = {point.step: point.value for point in points}
+    if missing := set(range(1, config.training.steps + 1)) - curve.keys():
+        raise RunFailed(
+            f"demo: MLflow has no loss of {len(missing)} steps of run {name}, the first {min(missing)}, so the losses "
+            "cannot be compared."
+        )
+    return curve

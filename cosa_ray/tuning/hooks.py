@@ -90,18 +90,10 @@ class Follow(tune.Callback):
             signal.signal(number, handle)
 
     def on_step_begin(self, iteration: int, trials: list[Trial], **info: Any) -> None:
-        """Tell the watch of trials that ended before the sweep was resumed: Tune calls nothing else for them."""
-        known = {row.id for row in self._watch.progress().rows}
-        for trial in trials:
-            if trial.status == Trial.TERMINATED and trial.trial_id not in known:
-                score = trial.metric_analysis.get(self._watch.metric, {}).get(self._watch.mode)
-                self._watch.put(
-                    trial.trial_id, trial.config, "finished", score=score, step=trial.last_result.get(STEP, 0)
-                )
+        self._watch.take_over(trials, STEP)
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         """After a wish to stop: end Tune's loop as soon as the trials that ran then have ended."""
-        self._watch.tune_trials = trials
         if self._end_tune is None:
             return
         running = {trial.trial_id for trial in trials if trial.status == Trial.RUNNING}
@@ -122,10 +114,10 @@ class Follow(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         watch = self._watch
-        watch.put(trial.trial_id, trial.config, "stopped_early" if watch.given_up(trial.trial_id) else "finished")
+        watch.end(trial.trial_id, trial.config, "stopped_early" if watch.given_up(trial.trial_id) else "finished")
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        self._watch.put(trial.trial_id, trial.config, "interrupted" if self._watch.interrupted else "failed")
+        self._watch.end(trial.trial_id, trial.config, "interrupted" if self._watch.interrupted else "failed")
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_folder": self._folder}

@@ -13,9 +13,12 @@ from cosa_ray.tuning.results import SweepResult
 from cosa_ray.tuning.sweepfile import Sweep, dump_sweep
 
 if TYPE_CHECKING:
+    from cosa_ray.tracking.store import Tracking
     from cosa_ray.tracking.tracker import NoTracker, Tracker
 
 _ANSWER_SECONDS = 20.0
+_REST_SECONDS = 10.0
+_STATUS = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 
 
 @dataclass
@@ -31,29 +34,34 @@ class Parent:
         """Log what the sweep came to and end the run; returns the result with the run's id."""
         best = result.best
         if best is not None and best.score is not None:
-            self.tracker.log({result.metric: best.score}, best.step)
             self.tracker.set_tags({"cosa_ray.best_trial": best.name})
+            if result.state == "finished":
+                # Only now: a metric logged at a stop would hide a later one at the same step or an earlier one.
+                self.tracker.log({result.metric: best.score}, best.step)
         self.tracker.log_text("sweep.json", json.dumps(result.as_json(), indent=1, default=str))
-        self.tracker.finish("FINISHED" if result.state == "finished" else "KILLED")
+        self.tracker.finish(_STATUS[result.state])
         self.ended = True
         return replace(result, parent_run_id=self.tracker.run_id or self.run_id)
 
 
+def parent_tracking(config: Config, name: str, folder: str, track: bool) -> Tracking | None:
+    """How the sweep's run is tracked, with the store opened; None without tracking. Raises what open_store raises."""
+    if not track:
+        return None
+    from cosa_ray.tracking.store import open_store
+
+    return open_store(config, run_name=name, folder=folder, tags={"cosa_ray.kind": "sweep", "cosa_ray.sweep": name})
+
+
 @contextlib.contextmanager
-def parent_run(config: Config, sweep: Sweep, name: str, folder: str, track: bool) -> Iterator[Parent]:
+def parent_run(tracking: Tracking | None, sweep: Sweep) -> Iterator[Parent]:
     """Open the parent run (again, when the sweep is resumed); it ends as FAILED when the block raises."""
     from cosa_ray.tracking.tracker import open_tracker
 
-    if not track:
-        yield Parent(open_tracker(None), None, None)
-        return
-    import ray
-
-    from cosa_ray.tracking.store import check_reachable, open_store
-
-    tracking = open_store(config, run_name=name, folder=folder, tags={"cosa_ray.kind": "sweep", "cosa_ray.sweep": name})
-    check_reachable(tracking, len([node for node in ray.nodes() if node["Alive"]]))
     tracker = open_tracker(tracking)
+    if tracking is None:
+        yield Parent(tracker, None, None)
+        return
     tracker.log_text("sweep.yaml", dump_sweep(sweep))
     # Trials name their parent by id; where MLflow is away, by name.
     tracker.flush(_ANSWER_SECONDS)
@@ -63,3 +71,46 @@ def parent_run(config: Config, sweep: Sweep, name: str, folder: str, track: bool
     finally:
         if not parent.ended:
             tracker.finish("FAILED")
+
+
+def deliver_rest(tracking: Tracking | None, result: SweepResult) -> SweepResult:
+    """Deliver what the sweep and its trials left on their spools because MLflow was away when they ended.
+
+    Returns the result with the ids of runs that reached MLflow only now. A server that is still away is a warning.
+    """
+    if tracking is None:
+        return result
+    from cosa_ray.tracking.spool import Spool
+    from cosa_ray.tracking.store import find_run_id
+    from cosa_ray.tracking.tracker import ARTIFACTS, METRICS, deliver
+    from cosa_ray.training.runs import read_run
+
+    def rest(target: Tracking) -> bool:
+        spool = Spool(target.spool)
+        return any(spool.segments(lane) for lane in (METRICS, ARTIFACTS))
+
+    tracking = replace(tracking, description=None)
+    if rest(tracking) and not deliver(tracking, _REST_SECONDS):
+        return result
+    trials = list(result.trials)
+    for index, trial in enumerate(trials):
+        if (run := read_run(trial.folder)) is None:
+            continue
+        child = replace(
+            tracking,
+            run=trial.name,
+            folder=run.folder.uri,
+            spool=f"{run.folder.uri}/spool",
+            parent=tracking.run,
+            parent_run_id=run.record.parent_run_id,
+        )
+        if not rest(child):
+            continue
+        if not deliver(child, _REST_SECONDS):
+            break
+        if trial.mlflow_run_id is None:
+            trials[index] = replace(trial, mlflow_run_id=find_run_id(child))
+            run.update(mlflow_run_id=trials[index].mlflow_run_id)
+    if result.parent_run_id is None:
+        result = replace(result, parent_run_id=find_run_id(tracking))
+    return result.with_trials(trials)

@@ -1,8 +1,8 @@
 """How many trials fit a cluster at once, and what each worker gets: plain arithmetic, checked before anything starts.
 
 A trial is a small driver process plus its workers. Drivers that hold the CPUs their own workers wait for are a
-deadlock (seen on Ray 2.60: two drivers with one CPU each on two CPUs never start), so a driver takes a hundredth of a
-CPU and that hundredth is counted.
+deadlock (seen on Ray 2.60: two drivers with one CPU each on two CPUs never start), so a driver takes a thousandth of a
+CPU, and that thousandth is counted for every driver that can be alive, also for those that wait for their turn.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from cosa_ray.errors import UserError
 
-DRIVER_CPUS = 0.01
+DRIVER_CPUS = 0.001
 _SMALLEST_SHARE = 0.01
 # Ray counts resources in ten-thousandths.
 _GRAIN = 1e-4 / 2
@@ -44,12 +44,15 @@ def fit_resources(
     cpus_per_worker: float | None = None,
     gpus_per_worker: float = 0.0,
     concurrency: int | None = None,
+    drivers: int | None = None,
 ) -> Fit:
     """Divide a cluster among the trials of a sweep so that all running at once are certain to start.
 
     `cpus_per_worker` None shares the CPUs out evenly (to a hundredth, downwards); `concurrency` None runs as many
-    trials as the GPUs, or else the whole CPUs, have room for. A worker never spans machines. Raises UserError with
-    the arithmetic when a trial, or the asked-for number of trials, does not fit.
+    trials as the GPUs, or else the whole CPUs, have room for. A worker never spans machines. `drivers` is how many
+    trials' drivers can be alive where it is more than run at once (a resumed sweep: it then runs fewer trials at once
+    than asked for, where no more fit). Raises UserError with the arithmetic when a trial, or the asked-for number of
+    trials, does not fit.
     """
     if gpus_per_worker > 0 and sum(_gpu_slots(node, gpus_per_worker) for node in cluster) < workers:
         raise UserError(
@@ -60,24 +63,28 @@ def fit_resources(
     if cpus_per_worker is None:
         at_once = concurrency or _roomy(cluster, workers, trials, gpus_per_worker)
         at_once = min(at_once, trials)
-        share = _largest_share(cluster, workers, at_once, gpus_per_worker)
+        alive = max(at_once, drivers or 0)
+        share = _largest_share(cluster, workers, at_once, gpus_per_worker, alive)
         if share is None:
-            raise _too_many(cluster, workers, at_once, _SMALLEST_SHARE, gpus_per_worker)
+            raise _too_many(cluster, workers, at_once, _SMALLEST_SHARE, gpus_per_worker, alive)
         return Fit(at_once, share, gpus_per_worker)
-    if not _fits(cluster, workers, 1, cpus_per_worker, gpus_per_worker):
-        raise _too_many(cluster, workers, 1, cpus_per_worker, gpus_per_worker)
+
+    def fits(at_once: int) -> bool:
+        return _fits(cluster, workers, at_once, cpus_per_worker, gpus_per_worker, max(at_once, drivers or 0))
+
     wanted = min(concurrency or trials, trials)
-    at_once = max(n for n in range(1, wanted + 1) if _fits(cluster, workers, n, cpus_per_worker, gpus_per_worker))
-    if concurrency is not None and at_once < wanted:
-        raise _too_many(cluster, workers, wanted, cpus_per_worker, gpus_per_worker)
+    at_once = max((n for n in range(1, wanted + 1) if fits(n)), default=0)
+    if at_once == 0 or (concurrency is not None and at_once < wanted and drivers is None):
+        asked = wanted if at_once else 1
+        raise _too_many(cluster, workers, asked, cpus_per_worker, gpus_per_worker, max(asked, drivers or 0))
     return Fit(at_once, cpus_per_worker, gpus_per_worker)
 
 
-def _slots(cluster: Sequence[Node], trials: int, cpus: float, gpus: float) -> int:
+def _slots(cluster: Sequence[Node], drivers: int, cpus: float, gpus: float) -> int:
     """Workers that have room when every driver may sit on any machine."""
     total = 0
     for node in cluster:
-        room = max(0, math.floor((node.cpus - trials * DRIVER_CPUS + _GRAIN) / cpus))
+        room = max(0, math.floor((node.cpus - drivers * DRIVER_CPUS + _GRAIN) / cpus))
         total += min(room, _gpu_slots(node, gpus)) if gpus > 0 else room
     return total
 
@@ -89,8 +96,8 @@ def _gpu_slots(node: Node, gpus: float) -> int:
     return math.floor(node.gpus / gpus + 1e-9)
 
 
-def _fits(cluster: Sequence[Node], workers: int, trials: int, cpus: float, gpus: float) -> bool:
-    return _slots(cluster, trials, cpus, gpus) >= workers * trials
+def _fits(cluster: Sequence[Node], workers: int, trials: int, cpus: float, gpus: float, drivers: int) -> bool:
+    return _slots(cluster, drivers, cpus, gpus) >= workers * trials
 
 
 def _roomy(cluster: Sequence[Node], workers: int, trials: int, gpus: float) -> int:
@@ -100,28 +107,29 @@ def _roomy(cluster: Sequence[Node], workers: int, trials: int, gpus: float) -> i
     return max(1, min(trials, sum(math.floor(node.cpus) for node in cluster) // workers))
 
 
-def _largest_share(cluster: Sequence[Node], workers: int, trials: int, gpus: float) -> float | None:
+def _largest_share(cluster: Sequence[Node], workers: int, trials: int, gpus: float, drivers: int) -> float | None:
     """The most CPUs a worker can get when `trials` run at once, None when not even the smallest share fits."""
     shares = {
-        math.floor((node.cpus - trials * DRIVER_CPUS) / count * 100 + 1e-6) / 100
+        math.floor((node.cpus - drivers * DRIVER_CPUS) / count * 100 + 1e-6) / 100
         for node in cluster
         for count in range(1, workers * trials + 1)
     }
-    return next(
-        (s for s in sorted(shares, reverse=True) if s >= _SMALLEST_SHARE and _fits(cluster, workers, trials, s, gpus)),
-        None,
-    )
+    for share in sorted(shares, reverse=True):
+        if share >= _SMALLEST_SHARE and _fits(cluster, workers, trials, share, gpus, drivers):
+            return share
+    return None
 
 
-def _too_many(cluster: Sequence[Node], workers: int, trials: int, cpus: float, gpus: float) -> UserError:
+def _too_many(cluster: Sequence[Node], workers: int, trials: int, cpus: float, gpus: float, drivers: int) -> UserError:
     """The arithmetic of a sweep that does not fit, in one sentence."""
-    need = trials * (DRIVER_CPUS + workers * cpus)
+    need = drivers * DRIVER_CPUS + trials * workers * cpus
     have = sum(node.cpus for node in cluster)
     if need <= have + _GRAIN and gpus > 0:
         resource = f"{trials} x {workers} workers x {gpus:g} GPUs = {trials * workers * gpus:g} GPUs"
         there = f"{_shape([node.gpus for node in cluster])} GPUs"
     else:
-        resource = f"{trials} x ({DRIVER_CPUS} + {workers} workers x {cpus:g}) = {need:g} CPUs"
+        plural = "driver" if drivers == 1 else "drivers"
+        resource = f"{trials} x {workers} workers x {cpus:g} + {drivers} {plural} x {DRIVER_CPUS} = {need:g} CPUs"
         there = f"{_shape([node.cpus for node in cluster])} CPUs"
     what = "a trial needs" if trials == 1 else f"{trials} trials at a time need"
     lower = (

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import json
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from cosa_ray.config.load import apply_overrides, dump_config
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from cosa_ray.training.storage import RunFolder
     from cosa_ray.tuning.trial import Trials
 
-BEST_FILE = "best.yaml"
+BEST_FILE, RESULT_FILE = "best.yaml", "sweep.json"
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class TrialResult:
     """How a trial ended: state is finished, stopped_early (by the scheduler), failed (with the cause) or interrupted.
 
     `score` is the sweep's metric at the trial's best evaluation, `step` the optimiser steps it took, `metrics` those
-    of the checkpoint its run calls best.
+    of the checkpoint its run calls best. `values` are the settings that were sampled, `config` is all of them.
     """
 
     id: str
@@ -34,11 +35,15 @@ class TrialResult:
     folder: str
     mlflow_run_id: str | None
     cause: str | None
+    config: dict[str, Any] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)
 class SweepResult:
-    """How a sweep ended: `finished`, or `stopped` before all its trials had ended; its trials, and the best of them."""
+    """How a sweep ended, its trials, and the best of them.
+
+    `state` is finished, failed (all trials ended, none succeeded), or stopped before all had ended.
+    """
 
     name: str
     folder: str
@@ -54,6 +59,27 @@ class SweepResult:
     def as_json(self) -> dict[str, Any]:
         """A JSON-ready mapping."""
         return asdict(self)
+
+    def with_trials(self, trials: list[TrialResult]) -> SweepResult:
+        """The same result with other records of the same trials."""
+        best = next((trial for trial in trials if self.best is not None and trial.id == self.best.id), None)
+        return replace(self, trials=trials, best=best)
+
+
+def write_result(folder: RunFolder, result: SweepResult) -> None:
+    """Write a sweep's result into its folder."""
+    folder.write_text(RESULT_FILE, json.dumps(result.as_json(), indent=1, default=str))
+
+
+def read_result(folder: RunFolder) -> SweepResult | None:
+    """The result in a sweep's folder; None where the sweep has not come to one."""
+    content = folder.read_text(RESULT_FILE)
+    if content is None:
+        return None
+    said = json.loads(content)
+    best = TrialResult(**said.pop("best")) if said["best"] else said.pop("best")
+    trials = [TrialResult(**trial) for trial in said.pop("trials")]
+    return SweepResult(**said, trials=[], best=best).with_trials(trials)
 
 
 def trial_result(trial: Any, trials: Trials, watch: Watch) -> TrialResult:
@@ -82,7 +108,7 @@ def trial_result(trial: Any, trials: Trials, watch: Watch) -> TrialResult:
             state, cause = "failed", run.record.cause or _last_line(trial) or "it ended without a result"
     return TrialResult(
         id=trial.trial_id,
-        name=f"{trials.sweep}-{trial.trial_id}",
+        name=trials.name(trial.trial_id),
         state=state,
         values={key: trials.space[key].tidy(value) for key, value in trial.config.items()},
         step=step or int(trial.last_result.get("step", 0)),
@@ -91,6 +117,7 @@ def trial_result(trial: Any, trials: Trials, watch: Watch) -> TrialResult:
         folder=trials.folder(trial.trial_id),
         mlflow_run_id=run.record.mlflow_run_id if run else None,
         cause=cause,
+        config=trials.trial_config(trial.config).model_dump(mode="json"),
     )
 
 
@@ -106,13 +133,13 @@ def write_best(folder: RunFolder, base: Config, name: str, metric: str, best: Tr
     return path
 
 
-def prune(results: list[TrialResult], best: TrialResult | None) -> None:
+def prune(result: SweepResult) -> None:
     """Delete the losers' checkpoints; their metrics stay in MLflow and in the sweep's result."""
     from cosa_ray.training.storage import CheckpointStore, RunFolder
 
-    for result in results:
-        if result is not best and result.state != "interrupted":
-            folder = RunFolder(result.folder)
+    for trial in result.trials:
+        if trial is not result.best and trial.state != "interrupted":
+            folder = RunFolder(trial.folder)
             folder.remove(CheckpointStore.INDEX)
             folder.remove(CheckpointStore.FOLDER)
 

@@ -137,10 +137,11 @@ def points(space: Space) -> Iterator[dict[str, Scalar]]:
 
 
 def extremes(space: Space, base_value: float, key: str) -> tuple[float, float]:
-    """Smallest and largest value a numeric setting can have in a trial."""
+    """Smallest and largest value a numeric setting can have in a trial of a space that has been checked."""
     if key not in space:
         return base_value, base_value
-    values = [float(value) for value in space[key].corners() if isinstance(value, (int, float))]
+    # A quoted number is one too: the config takes it as such.
+    values = [float(value) for value in space[key].corners() if value is not None]
     return min(values), max(values)
 
 

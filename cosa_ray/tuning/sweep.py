@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from cosa_ray.config.load import apply_overrides, dump_config
 from cosa_ray.config.schema import Config
 from cosa_ray.errors import RunFailed, UserError
-from cosa_ray.tuning.parent import parent_run
-from cosa_ray.tuning.resources import DRIVER_CPUS, Fit, Node, fit_resources
-from cosa_ray.tuning.results import SweepResult, TrialResult, prune, trial_result, write_best
-from cosa_ray.tuning.sweepfile import Sweep, check_sweep, dump_sweep, grace_steps, load_sweep, rungs
+from cosa_ray.tuning.metrics import sweep_metric
+from cosa_ray.tuning.parent import deliver_rest, parent_run, parent_tracking
+from cosa_ray.tuning.resources import Fit, Node, fit_resources
+from cosa_ray.tuning.results import (
+    SweepResult,
+    TrialResult,
+    prune,
+    read_result,
+    trial_result,
+    write_best,
+    write_result,
+)
+from cosa_ray.tuning.sweepfile import Sweep, check_sweep, dump_sweep, load_sweep
+from cosa_ray.tuning.tuner import run_trials, tune_settings
 from cosa_ray.tuning.watch import SweepProgress, Watch, best_of
 
 if TYPE_CHECKING:
@@ -26,14 +34,9 @@ if TYPE_CHECKING:
 __all__ = ["Sweep", "SweepProgress", "SweepResult", "TrialResult", "load_sweep", "run_sweep"]
 log = logging.getLogger(__name__)
 SHOW_SECONDS = 1.0
-SWEEP_FILE, BASE_FILE, RESULT_FILE = "sweep.yaml", "base.yaml", "sweep.json"
-_TUNE = "tune"
-# Set before Tune starts: no log files and no output of its own, no trial made before there is room for it.
-_TUNE_SETTINGS = {
-    "RAY_AIR_NEW_OUTPUT": "0",
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_MAX_PENDING_TRIALS_PG": "1",
-}
+SWEEP_FILE, BASE_FILE = "sweep.yaml", "base.yaml"
+# Of the 100 characters a run's name may have; a trial's is that of the sweep, a dash and Tune's id of 11 at most.
+NAME_LENGTH = 100 - 12
 
 
 def run_sweep(
@@ -48,33 +51,43 @@ def run_sweep(
     """Run all trials of a sweep and return how each ended; the function behind `cosa-ray tune`.
 
     Attaches to the cluster of RAY_ADDRESS, else starts one of this machine for the time of the sweep. Ctrl-C and
-    SIGTERM let running trials write a checkpoint and end the sweep as `stopped`; `resume` goes on with it. Raises
-    UserError before anything starts when something is wrong or does not fit, RunFailed when no trial succeeded.
+    SIGTERM let running trials write a checkpoint and end the sweep as `stopped`; `resume` goes on with it, or returns
+    the result it has when it is finished. Raises UserError before anything starts, and with nothing left behind, when
+    something is wrong or does not fit; RunFailed when no trial succeeded.
     """
-    from cosa_ray.data.dataset import open_dataset
-    from cosa_ray.evaluation.evaluate import best_metric, metric_prefix
     from cosa_ray.training.driver import preflight, ray_cluster, resolve
-    from cosa_ray.training.runs import check_name
     from cosa_ray.training.storage import RunFolder
 
     check_sweep(sweep, base, f"sweep {name}")
     config = resolve(base, track)
+    folder = RunFolder(f"{config.storage.rstrip('/')}/{_check_name(name)}")
+    # In this order: a sweep is there once its own file is.
+    files = {BASE_FILE: dump_config(base), SWEEP_FILE: dump_sweep(sweep)}
+    _check_folder(folder, name, files, resume)
+    if resume and (before := read_result(folder)) is not None and before.state == "finished":
+        log.warning("sweep %s is finished already; nothing to do", name)
+        return _finished(before, sweep, config, folder, track)
     preflight(config)
-    images = len(open_dataset(config.data.dataset).split(config.data.val_split))
-    metric = sweep.metric or best_metric(config, metric_prefix(config, images))
-    folder = RunFolder(f"{config.storage.rstrip('/')}/{check_name(name)}")
-    _open_folder(folder, name, sweep, base, resume)
+    metric = sweep_metric(sweep, config, f"sweep {name}")
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_settings())
+        stack.enter_context(tune_settings())
         stack.enter_context(ray_cluster())
         import ray
 
+        from cosa_ray.tracking.store import check_reachable
         from cosa_ray.training.session import start_monitor
-        from cosa_ray.tuning.trial import Trials, mark_given_up
+        from cosa_ray.tuning.trial import STORE, Trials
 
-        fit = _divide(sweep, config)
-        monitor = start_monitor()
-        parent = stack.enter_context(parent_run(config, sweep, name, folder.uri, track))
+        fit = _divide(sweep, config, resume)
+        tracking = parent_tracking(config, name, folder.uri, track)
+        if tracking is not None:
+            check_reachable(tracking, sum(node["Alive"] for node in ray.nodes()))
+        for file, content in files.items() if not resume else ():
+            folder.write_text(file, content)
+        monitor = start_monitor(fit.concurrency)
+        if tracking is not None:
+            ray.get(monitor.keep.remote(STORE, tracking.store.uri))
+        parent = stack.enter_context(parent_run(tracking, sweep))
         trials = Trials(
             sweep=name,
             config=apply_overrides(config, {"resources.cpus_per_worker": fit.cpus_per_worker}, "resources"),
@@ -84,32 +97,17 @@ def run_sweep(
             track=track,
             parent_run_id=parent.run_id,
         )
-
-        def end_trial(trial_id: str) -> None:
-            mark_given_up(trials.folder(trial_id))
-            ray.get(monitor.stop.remote(f"{name}-{trial_id}"))
-
-        watch = Watch(
-            name,
-            metric,
-            sweep.mode,
-            sweep.trials,
-            steps=lambda values: trials.trial_config(values).training.steps,
-            end_trial=end_trial,
-            end_all=lambda: ray.get(monitor.stop.remote()),
-        )
-        with _showing(watch, monitor, show), _signals_kept():
-            tune_trials = _tune(sweep, base, trials, fit, folder, watch, resume)
+        watch = _watch(sweep, trials)
+        with _showing(watch, monitor, show):
+            tune_trials = run_trials(sweep, base, trials, fit.concurrency, folder.uri, watch, resume)
         results = [trial_result(trial, trials, watch) for trial in tune_trials]
         succeeded = [result for result in results if result.state in ("finished", "stopped_early")]
         best = best_of(succeeded, sweep.mode, score=lambda result: result.score)
         done = not watch.interrupted and len(results) >= sweep.trials
-        if done and sweep.keep == "best":
-            prune(results, best)
         result = SweepResult(
             name=name,
             folder=folder.uri,
-            state="finished" if done else "stopped",
+            state="stopped" if not done else "finished" if best else "failed",
             metric=metric,
             mode=sweep.mode,
             parent_run_id=None,
@@ -118,9 +116,11 @@ def run_sweep(
             best=best,
             best_file=write_best(folder, base, name, metric, best) if best else None,
         )
-        result = parent.finish(result)
-    folder.write_text(RESULT_FILE, json.dumps(result.as_json(), indent=1, default=str))
-    if done and best is None:
+        result = deliver_rest(tracking, parent.finish(result))
+    write_result(folder, result)
+    if result.state == "finished" and sweep.keep == "best":
+        prune(result)
+    if result.state == "failed":
         causes = [trial.cause for trial in results if trial.cause]
         raise RunFailed(
             f"sweep {name}: none of its {len(results)} trials succeeded"
@@ -130,17 +130,26 @@ def run_sweep(
     return result
 
 
-def _open_folder(folder: RunFolder, name: str, sweep: Sweep, base: Config, resume: bool) -> None:
-    """Make the sweep's folder, or with `resume` make sure that it holds the same sweep."""
-    files = {SWEEP_FILE: dump_sweep(sweep), BASE_FILE: dump_config(base)}
+def _check_name(name: str) -> str:
+    """The name of a sweep, when its trials' runs can be named after it; else UserError."""
+    from cosa_ray.training.runs import check_name
+
+    if len(name) > NAME_LENGTH:
+        raise UserError(
+            f"sweep name {name!r} has {len(name)} characters; use up to {NAME_LENGTH}, because its trials are named "
+            "after it."
+        )
+    return check_name(name)
+
+
+def _check_folder(folder: RunFolder, name: str, files: Mapping[str, str], resume: bool) -> None:
+    """Make sure that the sweep's folder is free, or with `resume` that it holds the same sweep."""
     if not resume:
-        if folder.exists():
+        if any(found != BASE_FILE and not found.startswith(".") for found in folder.names()):
             raise UserError(
                 f"sweep {name} exists already in {folder.uri}: continue it with --resume, or choose another --name; "
                 "nothing was changed."
             )
-        for file, content in files.items():
-            folder.write_text(file, content)
         return
     if folder.read_text(SWEEP_FILE) is None:
         raise UserError(f"no sweep {name} in {folder.uri} to resume; start it without --resume.")
@@ -152,8 +161,21 @@ def _open_folder(folder: RunFolder, name: str, sweep: Sweep, base: Config, resum
             )
 
 
-def _divide(sweep: Sweep, config: Config) -> Fit:
-    """Divide the cluster this process is attached to."""
+def _finished(result: SweepResult, sweep: Sweep, config: Config, folder: RunFolder, track: bool) -> SweepResult:
+    """A sweep that is finished, with what a kill or a server that was away left to be done after its end."""
+    if sweep.keep == "best":
+        prune(result)
+    after = deliver_rest(parent_tracking(config, result.name, folder.uri, track), result)
+    if after != result:
+        write_result(folder, after)
+    return after
+
+
+def _divide(sweep: Sweep, config: Config, resume: bool) -> Fit:
+    """Divide the cluster this process is attached to.
+
+    Resumed, a sweep may start the drivers of all its trials at once: the interrupted ones beside new ones.
+    """
     import ray
 
     nodes = [node for node in ray.nodes() if node["Alive"]]
@@ -165,73 +187,35 @@ def _divide(sweep: Sweep, config: Config) -> Fit:
         cpus_per_worker=config.resources.cpus_per_worker,
         gpus_per_worker=config.resources.gpus_per_worker,
         concurrency=sweep.concurrency,
+        drivers=sweep.trials if resume else None,
     )
     log.info("%s trials at a time, %s CPUs a worker", fit.concurrency, fit.cpus_per_worker)
     return fit
 
 
-def _tune(
-    sweep: Sweep, base: Config, trials: Trials, fit: Fit, folder: RunFolder, watch: Watch, resume: bool
-) -> list[Any]:
-    """Let Tune run the trials, or go on where its snapshot left off; returns its trial objects."""
-    from ray import tune
+def _watch(sweep: Sweep, trials: Trials) -> Watch:
+    """What is known of the sweep while it runs, and its ways to reach the trials."""
+    import ray
 
-    from cosa_ray.tuning import hooks
-    from cosa_ray.tuning.trial import run_trial
+    from cosa_ray.tuning.trial import is_marked, mark_given_up
 
-    def trial(sampled: dict[str, Any]) -> None:
-        run_trial(trials, sampled, tune.get_context().get_trial_id())
+    monitor = trials.monitor
 
-    trainable = tune.with_resources(trial, {"CPU": DRIVER_CPUS})
-    place = f"{folder.uri}/{_TUNE}"
-    with hooks.watching(folder.uri, watch):
-        if resume and tune.Tuner.can_restore(place):
-            tuner = tune.Tuner.restore(place, trainable, resume_unfinished=True, resume_errored=True)
-        else:
-            tuner = tune.Tuner(
-                trainable,
-                param_space={key: dimension.domain() for key, dimension in sweep.space.items()},
-                tune_config=tune_config(sweep, base, watch.metric, fit.concurrency, folder.uri),
-                run_config=tune.RunConfig(
-                    name=_TUNE,
-                    storage_path=folder.uri,
-                    verbose=0,
-                    callbacks=[hooks.Follow(folder.uri)],
-                    failure_config=tune.FailureConfig(max_failures=0),
-                ),
-            )
-        tuner.fit()
-    return watch.tune_trials
+    def end_trial(trial_id: str) -> None:
+        mark_given_up(trials.folder(trial_id))
+        ray.get(monitor.stop.remote(trials.name(trial_id)))
 
-
-def tune_config(sweep: Sweep, base: Config, metric: str, concurrency: int, folder: str) -> Any:
-    """Search and scheduler of a sweep; both kinds of search are seeded."""
-    from ray import tune
-
-    from cosa_ray.tuning import hooks
-
-    search: Any
-    if sweep.search == "optuna":
-        from ray.tune.search.optuna import OptunaSearch
-
-        search = OptunaSearch(seed=sweep.search_seed)
-    else:
-        from ray.tune.search.basic_variant import BasicVariantGenerator
-
-        search = BasicVariantGenerator(max_concurrent=concurrency, random_state=sweep.search_seed)
-    scheduler = None
-    if sweep.scheduler == "asha":
-        at = rungs(sweep, base)
-        log.info("trials that fall behind end at steps %s", at)
-        scheduler = hooks.StepAsha(folder, grace_steps(sweep, base, "sweep"), at[-1] + 1, sweep.asha.reduction_factor)
-    return tune.TuneConfig(
-        metric=metric,
-        mode=sweep.mode,
-        search_alg=search,
-        scheduler=scheduler,
-        num_samples=sweep.trials,
-        max_concurrent_trials=concurrency if sweep.search == "optuna" else None,
-        trial_dirname_creator=lambda trial: str(trial.trial_id),
+    return Watch(
+        trials.sweep,
+        trials.metric,
+        sweep.mode,
+        sweep.trials,
+        steps=lambda values: trials.trial_config(values).training.steps,
+        end_trial=end_trial,
+        end_all=lambda: ray.get(monitor.stop.remote()),
+        # A driver that was killed has not given its place back itself.
+        ended=lambda trial_id: monitor.release.remote(trials.name(trial_id)),
+        marked=lambda trial_id: is_marked(trials.folder(trial_id)),
     )
 
 
@@ -263,36 +247,3 @@ def _showing(watch: Watch, monitor: Any, show: Callable[[SweepProgress], None] |
     finally:
         end.set()
         thread.join(timeout=10)
-
-
-@contextlib.contextmanager
-def _signals_kept() -> Iterator[None]:
-    """Put the signal handlers back that stood before Tune."""
-    import signal
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _settings() -> Iterator[None]:
-    """Tune's settings in the environment for the time of the sweep."""
-    before = {key: os.environ.get(key) for key in _TUNE_SETTINGS}
-    os.environ.update(_TUNE_SETTINGS)
-    for noisy in ("ray.tune.analysis.experiment_analysis", "ray.tune.tune", "optuna"):
-        logging.getLogger(noisy).setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for key, value in before.items():
-            if value is None:
-                del os.environ[key]
-            else:
-                os.environ[key] = value

@@ -86,14 +86,18 @@ class Watch:
         steps: Callable[[Mapping[str, Scalar]], int],
         end_trial: Callable[[str], None],
         end_all: Callable[[], None],
+        ended: Callable[[str], None],
+        marked: Callable[[str], bool],
     ) -> None:
+        """What the watch does to trials, by id: `steps` of their settings, ask one or all to end, say that one has
+        `ended`, and ask whether one is `marked` as given up by an earlier start of the sweep."""
         self.sweep, self.metric, self.mode, self.total = sweep, metric, mode, total
         self._steps, self._end_trial, self._end_all = steps, end_trial, end_all
+        self._ended, self._marked = ended, marked
         self._lock = threading.Lock()
         self._rows: dict[str, TrialRow] = {}
         self._given_up: set[str] = set()
         self.interrupted = False
-        self.tune_trials: list[Any] = []
 
     def name(self, trial_id: str) -> str:
         """Name of a trial's run."""
@@ -109,6 +113,23 @@ class Watch:
             if score is not None and better(score, row.score, self.mode):
                 changes["score"] = score
             self._rows[trial_id] = replace(row, state=state or row.state, **changes)
+
+    def take_over(self, trials: Iterable[Any], step: str) -> None:
+        """Note Tune's trials that ended before the sweep was resumed: Tune says nothing of them any more."""
+        for trial in trials:
+            if trial.status == "TERMINATED" and trial.trial_id not in self._rows:
+                self.put(
+                    trial.trial_id,
+                    trial.config,
+                    "stopped_early" if self._marked(trial.trial_id) else "finished",
+                    score=trial.metric_analysis.get(self.metric, {}).get(self.mode),
+                    step=int(trial.last_result.get(step, 0)),
+                )
+
+    def end(self, trial_id: str, values: Mapping[str, Scalar], state: str) -> None:
+        """Note that a trial's driver is gone, however it went."""
+        self.put(trial_id, values, state)
+        self._ended(trial_id)
 
     def advance(self, latest: Mapping[str, Mapping[str, Any]]) -> None:
         """Take over the steps that the runs themselves reported, by run name."""

@@ -13,12 +13,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from cosa_ray.config.load import dump_config
 from cosa_ray.config.schema import Config
+from cosa_ray.errors import RunFailed
 from cosa_ray.training.driver import RunResult, train
 from tests.conftest import history
 
@@ -54,6 +56,15 @@ def watching(watch: Callable[[threading.Event], None]) -> Iterator[None]:
         thread.join()
 
 
+def status(config: Config, run: str) -> tuple[str, str | None]:
+    """(status, cause) of a run in MLflow."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=config.tracking.uri)
+    (found,) = client.search_runs(["1"], f"tags.`cosa_ray.run` = '{run}'")
+    return found.info.status, found.data.tags.get("cosa_ray.cause")
+
+
 def registered(folder: Path) -> list[int]:
     """Steps of the checkpoints a run's index names."""
     try:
@@ -80,6 +91,36 @@ def test_two_workers_equal_one(ray_cluster: str, tiny: Make) -> None:
 def test_ray_and_local_are_the_same_bits(ray_cluster: str, tiny: Make) -> None:
     config = tiny()
     assert curve(config, train(config, name="ray")) == curve(config, train(config, name="bare", local=True))
+
+
+def test_a_mistake_that_one_worker_meets_ends_the_run(
+    ray_cluster: str, tiny: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one waits in a collective, for half an hour if nobody ends it; and nothing starts again."""
+
+    def work(handed: dict[str, Any]) -> Any:  # a function of a function: Ray carries it to the workers as it is
+        from cosa_ray.errors import UserError
+        from cosa_ray.training import ray_train
+
+        original = ray_train.run_worker
+
+        def run(job: Any, session: Any, device: Any) -> Any:
+            import torch.distributed
+
+            if torch.distributed.get_rank() == 1:
+                raise UserError("only worker 1 meets this; mend it.")
+            return original(job, session, device)
+
+        ray_train.run_worker = run
+        return ray_train._work(handed)
+
+    config = tiny(workers=2)
+    monkeypatch.setattr("cosa_ray.training.ray_train._work", work)
+    began = time.monotonic()
+    with pytest.raises(RunFailed, match=r"failed at step 0: only worker 1 meets this; mend it\."):
+        train(config, name="mistaken")
+    assert time.monotonic() - began < 120
+    assert status(config, "mistaken") == ("FAILED", "only worker 1 meets this; mend it.")
 
 
 def test_killed_workers_leave_the_loss_curve_as_it_was(ray_cluster: str, tiny: Make) -> None:
@@ -127,21 +168,27 @@ def test_a_kill_between_upload_and_registration(ray_cluster: str, tiny: Make) ->
     caught: list[int] = []
 
     def kill(done: threading.Event) -> None:
-        worker = None
-        for step in range(12, 40):
-            whole = folder / "checkpoints" / f"step_{step:08d}" / "state.pt"
-            while not done.is_set() and not whole.exists():
-                pass  # a busy wait: the moment is short
-            if done.is_set():
-                return
-            worker = worker or train_workers()[0]
-            worker.suspend()
-            # Suspended, the worker cannot change what is read here.
-            if step not in registered(folder):
-                worker.kill()
-                caught.append(step)
-                return
-            worker.resume()
+        worker, whole = None, 0
+        while not done.is_set():  # a busy wait: the moment is short
+            for file in sorted(folder.glob("checkpoints/step_*/state.pt")):
+                step = int(file.parent.name[5:])
+                try:
+                    size = file.stat().st_size
+                except FileNotFoundError:
+                    continue
+                if step < 12:
+                    continue
+                if step in registered(folder):
+                    whole = size  # what a full state of co-training weighs; it is the last file to be copied
+                elif 0 < whole == size:
+                    worker = worker or train_workers()[0]
+                    worker.suspend()
+                    # Suspended, the worker cannot change what is read here.
+                    if step not in registered(folder):
+                        worker.kill()
+                        caught.append(step)
+                        return
+                    worker.resume()
 
     with watching(kill):
         disturbed = train(config, name="between")

@@ -126,6 +126,13 @@ def test_a_job_trains_and_its_results_outlive_it(head: Head, project: Path) -> N
     assert record["mlflow_run_id"]
     assert "seed: 5" in (project / "runs" / "from-job" / "config.yaml").read_text()
     assert (project / "mlflow.db").exists()
+    from mlflow import MlflowClient
+
+    from cosa_ray.tracking.describe import git_state
+
+    # The job has no repository; it knows its commit by what was sent with the package.
+    tags = MlflowClient(tracking_uri=f"sqlite:///{project}/mlflow.db").get_run(record["mlflow_run_id"]).data.tags
+    assert {key: tags.get(key) for key in git_state()[0]} == git_state()[0]
 
 
 def test_a_failing_job_returns_its_exit_code(head: Head, project: Path) -> None:

@@ -349,3 +349,54 @@ def test_a_run_that_never_saw_its_server_is_delivered_later(server, tmp_path) ->
     points = target.store.client().get_metric_history(run.info.run_id, "b")
     assert max(point.timestamp for point in points) <= before, "a point's time is when it was logged"
     assert deliver(target, timeout=1)
+
+
+def test_no_password_in_what_a_run_says_while_its_server_is_away(tmp_path, caplog) -> None:
+    with caplog.at_level(logging.DEBUG):
+        tracker = Tracker(tracking(f"http://me:hunter2@127.0.0.1:{free_port()}", tmp_path, "secretive"))
+        tracker.log({"a": 1.0}, 1)
+        tracker.finish("FINISHED", 2)
+        assert not deliver(tracker._tracking, timeout=0.5)
+    assert "does not take records" in caplog.text
+    assert "hunter2" not in caplog.text
+
+
+def test_a_sweep_delivers_what_its_trials_left(database, tmp_path) -> None:
+    """The server was away when the sweep and one of its trials ended; the sweep is looked at again."""
+    from dataclasses import replace
+
+    from cosa_ray.training.runs import create_run, read_run
+    from cosa_ray.tuning.parent import deliver_rest
+    from cosa_ray.tuning.results import SweepResult, TrialResult
+
+    away = f"http://127.0.0.1:{free_port()}"
+    runs = config(database, storage=str(tmp_path))
+    trials = []
+    for name in ("s-quick", "s-late"):
+        run = create_run(name, runs, "val/miou").update(state="finished")
+        trials.append(
+            TrialResult(name[2:], name, "finished", {}, 3, 0.5, {}, run.folder.uri, run.record.mlflow_run_id, None)
+        )
+    for name in ("s", "s-late"):
+        target = tracking(away, tmp_path, name, parent="s" if name != "s" else None)
+        tracker = Tracker(target)
+        tracker.log({"val/miou": 0.5}, 3)
+        tracker.finish("FINISHED", 1)
+        assert spooled(target)
+    parent = tracking(database, tmp_path, "s")
+    result = SweepResult("s", parent.folder, "finished", "val/miou", "max", None, database, trials, trials[1], None)
+    after = deliver_rest(parent, result)
+    assert after.parent_run_id == find_run_id(parent)
+    late = replace(parent, run="s-late", folder=str(tmp_path / "s-late"), spool=str(tmp_path / "s-late" / "spool"))
+    assert not spooled(parent)
+    assert not spooled(late)
+    assert history(late, "val/miou") == [(3, 0.5)]
+    assert run_of(late).info.status == "FINISHED"
+    assert run_of(late).data.tags["mlflow.parentRunId"] == after.parent_run_id
+    assert after.best is after.trials[1]
+    assert after.best.mlflow_run_id == find_run_id(late)
+    record = read_run(late.folder)
+    assert record is not None
+    assert record.record.mlflow_run_id == find_run_id(late)
+    assert after.trials[0] == trials[0]
+    assert deliver_rest(parent, after) == after

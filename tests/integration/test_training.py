@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +21,37 @@ from safetensors.torch import load_file
 from cosa_ray.config.load import dump_config
 from cosa_ray.config.schema import Config
 from cosa_ray.errors import RunFailed, UserError
-from cosa_ray.training.driver import train
+from cosa_ray.training import driver
+from cosa_ray.training.driver import conclude, prepare, train
 from cosa_ray.training.evaluating import evaluate_run
+from cosa_ray.training.loop import Outcome, run_worker
 from cosa_ray.training.runs import find_run
-from cosa_ray.training.session import Progress
+from cosa_ray.training.session import LocalSession, Progress
 from tests.conftest import history
 
 Make = Callable[..., Config]
 
 
-def curve(config: Config, run_id: str | None) -> list[tuple[int, float]]:
+# What a bare machine with a GPU has; with the requirements of these, and nothing else.
+BARE = {
+    "torch",
+    "timm",
+    "torchvision",
+    "numpy",
+    "pyarrow",
+    "pydantic",
+    "pyyaml",
+    "pillow",
+    "safetensors",
+    "typer",
+    "rich",
+}
+
+
+def curve(config: Config, run_id: str | None, key: str = "train/loss") -> list[tuple[int, float]]:
     assert config.tracking.uri is not None
     assert run_id is not None
-    return history(config.tracking.uri, run_id, "train/loss")
+    return history(config.tracking.uri, run_id, key)
 
 
 def test_a_run_leaves_everything_it_promises(tiny: Make) -> None:
@@ -100,6 +120,134 @@ def test_a_stop_leaves_a_checkpoint_that_resumes_bitwise(tiny: Make, at: int) ->
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
+@pytest.mark.parametrize("wish", [4, 5, 9, 10])
+def test_a_stop_at_an_evaluation_loses_no_evaluation(tiny: Make, monkeypatch: pytest.MonkeyPatch, wish: int) -> None:
+    """Wished in the step of an evaluation or the one before it, the last step's too: the curve has every point."""
+    config = tiny(training__steps=10, training__warmup_iters=3, evaluation__every=5, checkpoint__every=100)
+    undisturbed = train(config, name="undisturbed", local=True)
+
+    class Stopping(LocalSession):
+        steps = 0
+
+        def stop_wished(self) -> bool:
+            self.steps += 1
+            return self.steps == wish
+
+    with monkeypatch.context() as patch:
+        patch.setattr(driver, "LocalSession", Stopping)
+        stopped = train(config, name="stopped", local=True)
+    at = 5 if wish <= 5 else 10
+    assert (stopped.state, stopped.step) == ("finished" if at == 10 else "stopped", at)
+    assert "val/miou" in stopped.last_metrics, "the checkpoint has the evaluation of its step"
+    resumed = train(config, name="stopped", resume=True, local=True)
+    assert resumed.state == "finished"
+    expected = curve(config, undisturbed.mlflow_run_id, "val/miou")
+    assert [step for step, _ in expected] == [5, 10]
+    assert curve(config, resumed.mlflow_run_id, "val/miou") == expected
+    assert resumed.last_metrics["val/miou"] == undisturbed.last_metrics["val/miou"]
+
+
+def test_a_restart_reports_the_evaluation_of_its_checkpoint(tiny: Make) -> None:
+    """Killed between a checkpoint and its report, a scheduler would never hear of that evaluation."""
+    reported: list[dict[str, float]] = []
+
+    class Listening(LocalSession):
+        def report(self, metrics: dict[str, float]) -> None:
+            reported.append(metrics)
+            raise KeyboardInterrupt  # the end of the process, as far as the run can tell
+
+    config = tiny(training__steps=10, training__warmup_iters=3, evaluation__every=5)
+    _, job = prepare(config, "killed", track=False)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run_worker(job, Listening(lambda progress: None, threading.Event()))
+    assert [metrics["step"] for metrics in reported] == [5, 5]
+    assert reported[0]["val/miou"] == reported[1]["val/miou"]
+
+
+def test_workers_that_died_leave_no_run_open(tiny: Make) -> None:
+    from mlflow import MlflowClient
+
+    from cosa_ray.tracking.tracker import open_tracker
+
+    config = tiny()
+    run, job = prepare(config, "died", parent_run_id=None)
+    tracker = open_tracker(job.tracking)
+    tracker.log({"train/loss": 1.0}, 1)
+    assert tracker.flush(60)
+    client = MlflowClient(tracking_uri=config.tracking.uri)
+    assert tracker.run_id is not None
+    assert client.get_run(tracker.run_id).info.status == "RUNNING"
+    result = conclude(run, job, Outcome("failed", 0, "killed for good"))
+    ended = client.get_run(tracker.run_id)
+    assert result.mlflow_run_id == tracker.run_id
+    assert (ended.info.status, ended.data.tags["cosa_ray.cause"]) == ("FAILED", "killed for good")
+
+
+def test_resuming_a_finished_run_delivers_what_waits(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cosa_ray.tracking.spool import Spool
+
+    config = tiny(training__steps=4, training__warmup_iters=2)
+    first = train(config, name="one", local=True)
+    Spool(f"{first.folder}/spool").write(
+        "0000abcd", "metrics", [{"kind": "metrics", "time": 1, "step": 3, "values": {"late": 0.5}}]
+    )
+    again = train(config, name="one", local=True, resume=True)
+    assert (again.state, again.step) == ("finished", 4)
+    assert curve(config, first.mlflow_run_id, "late") == [(3, 0.5)]
+    assert not list(Path(first.folder, "spool").glob("*.jsonl"))
+
+    def broken(*_: object, **__: object) -> None:
+        raise OSError("no store today")
+
+    Spool(f"{first.folder}/spool").write("0000abcd", "metrics", [])
+    monkeypatch.setattr("cosa_ray.tracking.store.check_store", broken)
+    assert train(config, name="one", local=True, resume=True).state == "finished"
+
+
+def test_compile_takes_both_networks_and_leaves_the_checkpoint_as_it_is(
+    tiny: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a backend that only counts: each network is compiled once and used compiled, and nothing else changes."""
+    plain = train(tiny(), name="plain", local=True, track=False)
+    compiled: list[torch.nn.Module] = []
+    calls: dict[int, int] = {}
+
+    def count(module: torch.nn.Module, *_: object, **__: object) -> None:
+        compiled.append(module)
+        calls[id(module)] = 0
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls[id(module)] += 1
+            return module._call_impl(*args, **kwargs)
+
+        module._compiled_call_impl = call  # type: ignore[assignment]
+
+    monkeypatch.setattr(torch.nn.Module, "compile", count)
+    result = train(tiny(training__compile=True), name="compiled", local=True, track=False)
+    # AN, ON's classifiers for warm-up, ON.
+    assert [type(module).__name__ for module in compiled] == ["Network", "ClassificationView", "Network"]
+    assert not any(p.requires_grad for p in compiled[0].parameters()), "the assignment network"
+    assert all(count > 0 for count in calls.values())
+    for file in ("online.safetensors", "assignment.safetensors"):
+        a, b = (load_file(Path(r.last_checkpoint or "") / file) for r in (plain, result))
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_name_is_usable_after_a_kill_while_its_folder_was_made(tiny: Make) -> None:
+    config = tiny(training__steps=2, training__warmup_iters=1, optimiser__warmup_steps=1)
+    folder = Path(config.storage) / "again"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("half")
+    (folder / ".run.json.abc").write_text("{")
+    assert train(config, name="again", local=True, track=False).state == "finished"
+    (folder.parent / "other").mkdir()
+    (folder.parent / "other" / "notes.txt").write_text("somebody's")
+    with pytest.raises(UserError, match="exists already"):
+        train(config, name="other", local=True, track=False)
+
+
 def test_a_non_finite_loss_stops_the_run_and_is_named(tiny: Make) -> None:
     config = tiny(optimiser__lr=1e30, optimiser__clip_norm=None, checkpoint__every=1)
     with pytest.raises(RunFailed, match=r"loss_cls.* not finite at step \d+"):
@@ -155,17 +303,39 @@ def test_init_from_starts_with_the_other_runs_weights(tiny: Make) -> None:
     assert all(torch.allclose(source[key], after[key], atol=1e-6) for key in source)
 
 
-def test_trains_with_ray_and_mlflow_blocked(tiny: Make, tmp_path: Path) -> None:
-    """`train --local --no-track` on a machine that has neither."""
+def plain_name(distribution: str) -> str:
+    return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+def with_requirements(names: set[str], installed: set[str]) -> set[str]:
+    """Distributions and all they require without extras, as far as they are installed, by their metadata."""
+    found: set[str] = set()
+    pending = set(names)
+    while pending:
+        found.add(name := pending.pop())
+        needed = {plain_name(re.split(r"[^\w.-]", line)[0]) for line in requires(name) or [] if "extra ==" not in line}
+        pending |= (needed & installed) - found
+    return found
+
+
+def test_trains_where_nothing_else_is_installed(tiny: Make, tmp_path: Path) -> None:
+    """`train --local --no-track` on a machine with torch and little more: no Ray, MLflow, matplotlib, ..."""
+    packages = {package: set(map(plain_name, names)) for package, names in packages_distributions().items()}
+    allowed = with_requirements(BARE, set().union(*packages.values())) | {"cosa-ray"}
+    blocked = {package for package, names in packages.items() if not names & allowed}
+    assert {"ray", "mlflow", "matplotlib", "skimage", "optuna", "pycocotools", "torchmetrics"} <= blocked
+    assert not {"torch", "numpy", "typing_extensions", "PIL", "yaml"} & blocked
     file = tmp_path / "tiny.yaml"
     file.write_text(dump_config(tiny()))
     script = (
         "import sys\n"
-        "class Block:\n"
+        "finders = sys.meta_path[:]\n"
+        "class Bare:\n"  # finds nothing of what is blocked, as if it were not there
         "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name.split('.')[0] in ('ray', 'mlflow'):\n"
-        "            raise ImportError(name + ' is blocked')\n"
-        "sys.meta_path.insert(0, Block())\n"
+        f"        if name.split('.')[0] in {sorted(blocked)!r}:\n"
+        "            return None\n"
+        "        return next((s for f in finders if (s := f.find_spec(name, path, target))), None)\n"
+        "sys.meta_path[:] = [Bare()]\n"
         "from cosa_ray.cli.main import main\n"
         f"main(['train', {str(file)!r}, '--local', '--no-track', '--name', 'bare', '--json'])\n"
     )

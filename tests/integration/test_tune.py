@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from cosa_ray.config.load import dump_config, flatten, load_config
 from cosa_ray.config.schema import Config
@@ -87,6 +88,9 @@ def test_a_sweep_from_start_to_best(ray_cluster: str, tiny: Make, tmp_path: Path
         assert run.info.status == ("FAILED" if trial in bad else "FINISHED")
         assert ("cosa_ray.stopped_by" in run.data.tags) == (trial.state == "stopped_early")
         assert float(run.data.params["losses.cam_to_seg"]) == pytest.approx(trial.values["losses.cam_to_seg"])
+        settings = yaml.safe_load((Path(trial.folder) / "config.yaml").read_text())
+        assert trial.config == json.loads(json.dumps(settings))
+    assert runs["first"].data.metrics == {"val/miou": result.best.score}
 
     best = load_config(result.best_file)
     changed = {key: value for key, value in flatten(best).items() if value != flatten(base)[key]}
@@ -97,26 +101,70 @@ def test_a_sweep_from_start_to_best(ray_cluster: str, tiny: Make, tmp_path: Path
     assert shown[-1].ended == 4
     assert any(row.state == "running" and row.step for progress in shown for row in progress.rows)
 
+    # Cut between Tune's end and the writing of the result: everything is found again, without a step of Tune.
+    files = Path(result.folder)
+    written = (files / "best.yaml").read_text()
+    (files / "best.yaml").unlink()
+    (files / "sweep.json").unlink()
+    resumed = run_sweep(sweep, base, name="first", resume=True)
+    assert resumed.state == "finished"
+    assert (files / "best.yaml").read_text() == written
+    outcomes = [(trial.id, trial.state, trial.score, trial.config) for trial in result.trials]
+    assert sorted((t.id, t.state, t.score, t.config) for t in resumed.trials) == sorted(outcomes, key=lambda o: o[0])
+    assert resumed.best.id == result.best.id
+    assert resumed.parent_run_id == result.parent_run_id
+    assert tracked(base.tracking.uri or "")["first"].info.status == "FINISHED"
+
     with pytest.raises(UserError, match="exists already"):
         run_sweep(sweep, base, name="first")
     with pytest.raises(UserError, match="other settings"):
         run_sweep(sweep.model_copy(update={"trials": 5}), base, name="first", resume=True)
 
 
-def test_a_sweep_that_cannot_fit_is_refused_not_waited_for(ray_cluster: str, tiny: Make) -> None:
+def test_a_sweep_that_cannot_fit_is_refused_not_waited_for(ray_cluster: str, tiny: Make, tmp_path: Path) -> None:
     sweep = Sweep.model_validate({"base": "tiny", "space": {"losses.cam_to_seg": {"uniform": [0.1, 0.2]}}, "trials": 2})
     began = time.monotonic()
-    with pytest.raises(UserError, match=r"3 workers x 1\) = 3.01 CPUs, and there are 2 CPUs"):
+    with pytest.raises(UserError, match=r"3 workers x 1 .* = 3.001 CPUs, and there are 2 CPUs"):
         run_sweep(sweep, tiny(workers=3, resources__cpus_per_worker=1.0), name="large")
     assert time.monotonic() - began < 60
+    assert not (tmp_path / "runs").exists(), "the name is free for the next attempt"
 
 
 @pytest.mark.slow
 def test_when_every_trial_fails_the_sweep_fails_with_the_cause(ray_cluster: str, tiny: Make) -> None:
     sweep = Sweep.model_validate({"base": "tiny", "space": {"optimiser.lr": {"choice": [1e30]}}, "trials": 1})
     with pytest.raises(RunFailed, match="not finite"):
-        run_sweep(sweep, tiny(), name="hopeless", track=False)
+        run_sweep(sweep, tiny(), name="hopeless")
     assert idle(ray_cluster)
+    assert {run.info.status for run in tracked(tiny().tracking.uri or "").values()} == {"FAILED"}
+
+
+@pytest.mark.slow
+def test_when_tune_breaks_down_nothing_stays_open(
+    ray_cluster: str, tiny: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error out of Tune's own loop, at the first report of a trial that runs."""
+    from cosa_ray.training.runs import read_run
+    from cosa_ray.tuning.hooks import Follow
+
+    def broken(self: Follow, iteration: int, trials: list, trial: object, result: dict, **info: object) -> None:
+        raise KeyError("broken")
+
+    monkeypatch.setattr(Follow, "on_trial_result", broken)
+    base = tiny(training__steps=400)
+    with pytest.raises(Exception, match="broken"):
+        run_sweep(sweep_of_one(), base, name="broken")
+    runs = tracked(base.tracking.uri or "")
+    assert runs.pop("broken").info.status == "FAILED"
+    assert {run.info.status for run in runs.values()} == {"KILLED"}
+    records = [read_run(str(folder)) for folder in Path(base.storage).glob("broken-*")]
+    assert [run.record.state for run in records if run] == ["stopped"] * len(runs)
+    assert runs
+    assert idle(ray_cluster)
+
+
+def sweep_of_one() -> Sweep:
+    return Sweep.model_validate({"base": "tiny", "space": {"losses.cam_to_seg": {"uniform": [0.1, 0.2]}}, "trials": 1})
 
 
 @pytest.mark.slow
@@ -159,6 +207,7 @@ def test_ctrl_c_then_resume(ray_cluster: str, tiny: Make, tmp_path: Path) -> Non
     again = {trial["name"]: trial["mlflow_run_id"] for trial in resumed["trials"]}
     assert again[cut] == next(trial["mlflow_run_id"] for trial in stopped["trials"] if trial["name"] == cut)
     assert {run.info.status for run in tracked(uri).values()} == {"FINISHED"}
+    assert tracked(uri)["again"].data.metrics == {"val/miou": resumed["best"]["score"]}
     # The run went on where it had stopped: no step of the first session was logged again.
     from tests.conftest import history
 

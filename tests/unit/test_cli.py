@@ -58,12 +58,35 @@ def test_mistakes(
 
 
 @pytest.mark.parametrize(
-    "words", [["train"], ["frobnicate"], ["train", "shapes", "--no-such-flag"], ["data", "import", "shapes"]]
+    ("words", "said"),
+    [
+        (["train"], ["missing argument", "cosa-ray train --help"]),
+        (["frobnicate"], ["frobnicate", "cosa-ray --help"]),
+        (["train", "shapes", "--no-such-flag"], ["--no-such-flag"]),
+        (["train", "shapes", "--nam", "x"], ["--name"]),
+        (["data", "import", "shapes"], ["OUT", "cosa-ray data import shapes --help"]),
+        (["ui", "--port", "many"], ["--port"]),
+        (["ui", "--port", "99999"], ["--port", "65535"]),
+        (["submit", "trian", "shapes", "--address", "x"], ["trian", "train"]),
+    ],
 )
-def test_bad_flags(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    code, _, err = run(words, capsys)
+def test_bad_flags(words: list[str], said: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(words, capsys)
     assert code == 2
-    assert err
+    assert out == ""
+    (sentence,) = err.splitlines()
+    assert sentence.startswith("cosa-ray: ")
+    assert sentence.endswith(".")
+    for word in said:
+        assert word in sentence
+
+
+@pytest.mark.parametrize(("words", "expected"), [(["--version"], 0), (["train", "--help"], 0), ([], 2), (["data"], 2)])
+def test_help_and_version(words: list[str], expected: int, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(words, capsys)
+    assert code == expected
+    assert "cosa-ray" in out + err
+    assert "cosa-ray: " not in err
 
 
 def test_config_show_prints_every_setting_as_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -108,3 +108,47 @@ def test_merge_leaves_its_arguments_alone() -> None:
     base = {"a": {"b": 1}}
     assert merge(base, {"a": {"c": 2}}) == {"a": {"b": 1, "c": 2}}
     assert base == {"a": {"b": 1}}
+
+
+@pytest.mark.parametrize(
+    "uri", ["http://me:hunter2@host:5000", "http://hunter2@host", "postgresql://host/db?password=hunter2"]
+)
+def test_a_password_cannot_get_into_a_config(tmp_path, uri) -> None:
+    (tmp_path / "x.yaml").write_text(f"tracking: {{uri: '{uri}'}}\n")
+    with pytest.raises(UserError, match=r"x\.yaml: tracking\.uri holds a password.*MLFLOW_TRACKING_URI") as raised:
+        load_config(tmp_path / "x.yaml")
+    assert "hunter2" not in str(raised.value)
+    assert load_config("shapes", ["tracking.uri=postgresql://me@host/db"]).tracking.uri == "postgresql://me@host/db"
+
+
+@pytest.mark.parametrize("key", ["what?", "a//b", "../a", "/a", ".", "x" * 251, "a=b", ""])
+def test_a_tag_that_mlflow_refuses_is_refused_at_once(key) -> None:
+    """By MLflow's own rule: the tags of a batch with one such key are all lost."""
+    validation = pytest.importorskip("mlflow.utils.validation")
+    exceptions = pytest.importorskip("mlflow.exceptions")
+    if key:
+        with pytest.raises(exceptions.MlflowException):
+            validation._validate_tag(key, "1")
+    with pytest.raises(ValueError, match=r"tracking\.tags"):
+        Config.model_validate({"tracking": {"tags": {"team": "vision", key: "1"}}})
+    for good in ("team", "a/b c.d-e:f_1", ".hidden", "x" * 250):
+        validation._validate_tag(good, "1")
+        assert Config.model_validate({"tracking": {"tags": {good: "1"}}}).tracking.tags == {good: "1"}
+
+
+@pytest.mark.parametrize("bounds", [[0.0, 0.95], [0.05, 1.0], [0.6, 0.4], [0.5, 0.5]])
+def test_threshold_bounds_leave_a_threshold_to_move(bounds) -> None:
+    with pytest.raises(ValueError, match=r"dynamic_threshold\.bounds|greater than 0|less than 1"):
+        Config.model_validate({"dynamic_threshold": {"bounds": bounds}})
+
+
+def test_workers_do_not_share_a_gpu() -> None:
+    def config(workers: int, gpus: float) -> Config:
+        return Config.model_validate({"workers": workers, "resources": {"gpus_per_worker": gpus}})
+
+    for workers, gpus in ((1, 0.25), (1, 2.0), (3, 0.0), (3, 1.0)):
+        assert config(workers, gpus).resources.gpus_per_worker == gpus
+    with pytest.raises(ValueError, match="must be whole with 2 workers, because each needs a GPU of its own"):
+        config(2, 0.5)
+    with pytest.raises(ValueError, match="must be whole or below 1"):
+        config(1, 1.5)

@@ -202,9 +202,69 @@ def test_masks_by_index_and_by_colour():
     assert np.array_equal(checked_mask(out.getvalue(), 30, 40, 3, PALETTE), indices)
 
 
+def palette_png(indices, colours):
+    """A palette PNG of 8 bits whose palette ends with `colours`: they are those of its first indices."""
+    import io
+    import struct
+    import zlib
+
+    image = Image.fromarray(indices.astype(np.uint8))
+    image.putpalette(bytes(range(256)) * 3)  # 256 colours, so that an index has 8 bits
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    before, _, rest = out.getvalue().partition(struct.pack(">I", 768) + b"PLTE")
+    table = b"PLTE" + bytes(part for colour in colours for part in colour)
+    return before + struct.pack(">I", len(table) - 4) + table + struct.pack(">I", zlib.crc32(table)) + rest[768 + 4 :]
+
+
+def test_a_palette_file_with_its_indices_in_another_order_is_read_by_colour():
+    """Indices 0..3 are all classes, but of other colours: what programs that optimise pictures leave behind."""
+    truth = regions(0, 1, 2, 3, 255)
+    order = [2, 0, 255, 3, 1]  # truth of the file's indices 0..4
+    colours = [PALETTE[value] if value < 4 else (224, 224, 192) for value in order]
+    stored = np.argsort(order)[np.searchsorted(np.sort(order), truth)]
+    assert np.array_equal(checked_mask(palette_png(stored, colours), 30, 40, 3, PALETTE), truth)
+    # 255 stays ignored when its colour is nobody's.
+    assert np.array_equal(
+        checked_mask(palette_png(np.where(truth == 255, 255, stored), colours), 30, 40, 3, PALETTE), truth
+    )
+
+
+def test_genuine_voc_palette_files_mean_the_same_by_colour_and_by_index():
+    truth = regions(0, 1, 15, 20, 255)
+    palette = voc_palette(21)
+    assert np.array_equal(checked_mask(palette_png(truth, voc_palette(256)), 30, 40, 20, palette), truth)
+
+
+@pytest.mark.parametrize("filler", [(), ((0, 0, 0),) * 252])
+def test_indices_beyond_a_short_palette_are_not_black_background(filler):
+    """Many programs write the classes' colours and fill up with black: 255 is ignored there, and 5 is class 5."""
+    truth = regions(0, 1, 3, 255)
+    assert np.array_equal(checked_mask(palette_png(truth, (*PALETTE, *filler)), 30, 40, 3, PALETTE), truth)
+    for truth in (regions(0, 5, 6), regions(1, 5)):
+        wide = voc_palette(8)
+        assert np.array_equal(checked_mask(palette_png(truth, (*wide[:4], *filler)), 30, 40, 7, wide), truth)
+
+
+def test_colours_that_are_not_the_sets_leave_a_palette_file_to_its_indices():
+    truth = regions(0, 1, 2)
+    strange = [PALETTE[0], PALETTE[2], (9, 9, 9)]
+    assert np.array_equal(checked_mask(palette_png(truth, strange), 30, 40, 3, PALETTE), truth)
+
+
+def test_sixteen_bit_masks_do_not_wrap():
+    import io
+
+    out = io.BytesIO()
+    Image.fromarray(regions(0, 1).astype(np.uint16) * 257).save(out, "PNG")
+    with pytest.raises(Broken, match="holds 257, beyond"):
+        checked_mask(out.getvalue(), 30, 40, 300, voc_palette(256) * 2)
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
+        (png(regions(0, 4, width=30, height=40)), "30 x 40 and the image 40 x 30: .* EXIF rotation"),
         (png(regions(0, 4)), "holds 4, beyond the 3 classes"),
         (png(regions(0, 1, width=41)), "the mask is 41 x 30 and the image 40 x 30"),
         (png(np.full((30, 40, 3), 9, np.uint8)), "no class of the palette .#090909"),

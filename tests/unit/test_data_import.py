@@ -1,4 +1,4 @@
-"""Imports: resumable to the same bytes, never over something else, in bounded memory; the doctor; the remote cache."""
+"""Imports: resumable to the same bytes, never over something else, in bounded memory; the doctor."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cosa_ray.data import importing
 from cosa_ray.data.check import check_dataset
 from cosa_ray.data.dataset import open_dataset
 from cosa_ray.data.importing import Progress, import_dataset, write_dataset
-from cosa_ray.data.remote import fetch, place
+from cosa_ray.data.remote import place
 from cosa_ray.errors import UserError
 
 
@@ -218,120 +218,7 @@ def test_check_finds_damage_and_still_reports_the_rest(tmp_path, how):
     assert report.splits["val"].images == 2
 
 
-# places elsewhere
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("COSA_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def memory():
-    import fsspec
-
-    store = fsspec.filesystem("memory")
-    yield store
-    store.store.clear()
-    store.pseudo_dirs[:] = [""]
-
-
-def test_a_dataset_lives_at_a_uri_and_is_copied_once(tmp_path, cache, memory):
-    tiny_dataset(tmp_path / "local", train=5)
-    write_dataset(numbered_source(5), "memory://bucket/set", local=True, shard_images=4)
-    remote = open_dataset("memory://bucket/set")
-    here = open_dataset(str(tmp_path / "local"))
-    assert remote.folder.is_relative_to(cache)
-    for split in ("train", "val"):
-        for index in range(len(here.split(split))):
-            first, second = (dataset.split(split)[index] for dataset in (remote, here))
-            assert (first.id, first.image, first.mask) == (second.id, second.image, second.mask)
-    stamps = {path: path.stat().st_mtime_ns for path in remote.folder.glob("*.arrow")}
-    again = open_dataset("memory://bucket/set")
-    assert {path: path.stat().st_mtime_ns for path in again.folder.glob("*.arrow")} == stamps
-    with pytest.raises(UserError, match="already holds a complete dataset"):
-        write_dataset(numbered_source(5), "memory://bucket/set", local=True, shard_images=4)
-    assert check_dataset("memory://bucket/set").ok
-
-
-def test_a_changed_remote_is_copied_anew_and_a_lying_one_refused(cache, memory):
-    write_dataset(numbered_source(5), "memory://bucket/set", local=True)
-    first = open_dataset("memory://bucket/set")
-    memory.rm("/bucket/set", recursive=True)
-    write_dataset(numbered_source(7), "memory://bucket/set", local=True)
-    second = open_dataset("memory://bucket/set")
-    assert second.folder != first.folder
-    assert (len(first.split("train")), len(second.split("train"))) == (5, 7)
-    memory.rm("/bucket/set", recursive=True)
-    write_dataset(numbered_source(6), "memory://bucket/set", local=True)
-    memory.pipe_file("/bucket/set/train-00000.arrow", b"something else")
-    with pytest.raises(UserError, match="does not have the checksum its card says"):
-        open_dataset("memory://bucket/set")
-
-
-def test_a_remote_that_is_away_is_served_from_the_copy(cache, memory, monkeypatch):
-    write_dataset(numbered_source(5), "memory://bucket/set", local=True)
-    open_dataset("memory://bucket/set")
-    from cosa_ray.data import dataset as module
-
-    def away(where):
-        if where.local is None:
-            raise OSError("no route to host")
-        return real(where)
-
-    real = module.read_card
-    monkeypatch.setattr(module, "read_card", away)
-    assert len(open_dataset("memory://bucket/set").split("train")) == 5
-    with pytest.raises(UserError, match=r"cannot read memory://bucket/other .no route to host"):
-        open_dataset("memory://bucket/other")
-
-
-def test_file_uris_are_local(tmp_path):
-    tiny_dataset(tmp_path / "a", train=3)
-    assert open_dataset((tmp_path / "a").as_uri()).folder == tmp_path / "a"
-    assert fetch(str(tmp_path / "a")) == tmp_path / "a"
-    with pytest.raises(UserError, match="there is nothing at"):
-        fetch(str(tmp_path / "b"))
-
-
-def test_single_files_and_folders_are_fetched(cache, memory):
-    memory.pipe_file("/bucket/weights/net.safetensors", b"weights")
-    memory.pipe_file("/bucket/weights/more/readme.txt", b"read")
-    file = fetch("memory://bucket/weights/net.safetensors")
-    assert (file.name, file.read_bytes()) == ("net.safetensors", b"weights")
-    folder = fetch("memory://bucket/weights")
-    assert (folder / "more/readme.txt").read_bytes() == b"read"
-    with pytest.raises(UserError, match="there is nothing at memory://bucket/none"):
-        fetch("memory://bucket/none")
-
-
-def test_a_scheme_that_nothing_reads_is_a_sentence(tmp_path):
-    with pytest.raises(UserError, match="cannot open carrier-pigeon://a/b"):
-        open_dataset("carrier-pigeon://a/b")
-
-
-def test_many_processes_make_one_copy(cache, memory, monkeypatch):
-    """The lock: ten threads ask at once, the copying is done once."""
-    from cosa_ray.data import remote
-
-    card = write_dataset(numbered_source(5, val=2), "memory://bucket/set", local=True)
-    shards = {shard.file: shard.sha256 for split in card.splits.values() for shard in split.shards}
-    copied = []
-    real = remote._copy
-    monkeypatch.setattr(remote, "_copy", lambda *key: copied.append(key[1].name) or real(*key))
-    folders = []
-    # Not by open_dataset: the store in memory has one read position for all who read the card.
-    threads = [
-        threading.Thread(target=lambda: folders.append(remote.fetch("memory://bucket/set", shards))) for _ in range(10)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(set(folders)) == 1
-    assert len(folders) == 10
-    assert sorted(copied) == ["train-00000.arrow", "val-00000.arrow"]
+# the contact sheet and the card
 
 
 def test_contact_sheet_has_a_row_an_image_and_the_palette(tmp_path):
@@ -347,6 +234,37 @@ def test_contact_sheet_has_a_row_an_image_and_the_palette(tmp_path):
     assert colours & {(200, 0, 0), (0, 200, 0), (0, 0, 200)}
     with pytest.raises(UserError, match="its splits are train, val"):
         contact_sheet(open_dataset(str(tmp_path / "a")), "test", views=Views())
+
+
+def test_contact_sheet_goes_on_to_the_next_step_beyond_a_batch(tmp_path):
+    """Every row shows the very views that training sees, whatever the number of rows."""
+    from cosa_ray.config.schema import Views
+    from cosa_ray.data.loader import training_batches
+    from cosa_ray.data.show import contact_sheet
+
+    tiny_dataset(tmp_path / "a", train=9)
+    dataset = open_dataset(str(tmp_path / "a"))
+    views = Views(crop=192, short_side=192)  # a cell of the sheet, without padding
+    keys = {"seed": 3, "views": views, "batch_size": 4}
+    sheet = np.asarray(contact_sheet(dataset, "train", images=7, **keys))
+    batches = list(training_batches(dataset.split("train"), start_step=0, stop_step=2, **keys))
+    for row in range(7):
+        step, position = divmod(row, 4)
+        if batches[step].box[position].tolist() != [0, 192, 0, 192]:
+            continue
+        top = 24 + row * (192 + 22 + 8)
+        for column, view in ((2, batches[step].weak), (3, batches[step].strong)):
+            left = 8 + column * (192 + 8)
+            assert np.array_equal(sheet[top : top + 192, left : left + 192], view[position].numpy().transpose(1, 2, 0))
+    assert (batches[1].box[:3] == batches[1].box.new_tensor([0, 192, 0, 192])).all(1).any()
+
+
+def test_the_line_of_progress_counts_what_was_put_aside(tmp_path, capsys):
+    from cosa_ray.cli.data import import_progress
+
+    with import_progress("folder") as progress:
+        write_dataset(numbered_source(9, broken=(1, 6)), str(tmp_path / "a"), local=True, progress=progress)
+    assert capsys.readouterr().err == "import folder: 11 of 11 images, 3 put aside\n"
 
 
 def test_the_card_says_where_things_came_from(tmp_path):

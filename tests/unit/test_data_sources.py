@@ -77,7 +77,7 @@ def test_voc_without_annotations_augmented_masks_or_train(tmp_path):
     (base / "ImageSets/Segmentation/train.txt").unlink()
     card, dataset = imported("voc", root, tmp_path / "val only")
     assert list(card.splits) == ["val"]
-    with pytest.raises(UserError, match=r"has no Annotations, which labels 'xml' need"):
+    with pytest.raises(UserError, match=r"has no Annotations/\*.xml, which labels 'xml' need"):
         imported("voc", root, tmp_path / "refused", labels="xml")
     with pytest.raises(UserError, match="is not a VOC folder: it needs JPEGImages"):
         imported("voc", tmp_path, tmp_path / "refused")
@@ -87,6 +87,10 @@ def test_voc_without_annotations_augmented_masks_or_train(tmp_path):
 def test_voc_broken_samples_are_put_aside_by_name(tmp_path):
     root = voc_folder(tmp_path / "in")
     base = root / "VOCdevkit/VOC2012"
+    lists = base / "ImageSets/Segmentation"
+    (lists / "train_aug.txt").write_text("2007_000001\n2007_000002\n2008_000003\n2008_000004\n2008_000005\n")
+    shutil.copy(base / "JPEGImages/2007_000009.jpg", base / "JPEGImages/2008_000005.jpg")
+    shutil.copy(base / "Annotations/2007_000009.xml", base / "Annotations/2008_000005.xml")
     (base / "JPEGImages/2007_000001.jpg").write_bytes(photo()[:300])
     (base / "JPEGImages/2007_000002.jpg").unlink()
     (base / "SegmentationClassAug/2008_000003.png").write_bytes(index_png(regions(0, 31)))
@@ -100,7 +104,7 @@ def test_voc_broken_samples_are_put_aside_by_name(tmp_path):
     assert "annotation cannot be read" in reasons["2007_000008"]
     assert "holds 31, beyond the 20 classes" in reasons["2008_000003"]
     assert reasons["2008_000004"] == "its label 'unicorn' is no class of VOC"
-    assert len(dataset.split("train")) == 0
+    assert dataset.split("train").ids() == ["2008_000005"]
     assert dataset.split("val").ids() == ["2007_000009"]
     with pytest.raises(UserError, match=r"train 2007_000001: the image cannot be decoded"):
         imported("voc", root, tmp_path / "strict", strict=True)

@@ -118,11 +118,28 @@ def test_what_a_job_is_given_of_the_environment() -> None:
     assert given == {"MLFLOW_TRACKING_URI": "http://tracking:5000", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1"}
 
 
-def test_a_password_in_the_tracking_uri_is_refused_without_being_shown() -> None:
-    with pytest.raises(UserError, match="holds a password") as caught:
-        forwarded_environment({"MLFLOW_TRACKING_URI": "http://me:hunter2@tracking:5000"})
-    assert "hunter2" not in str(caught.value)
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "http://me:hunter2@tracking:5000",
+        "http://hunter2@tracking:5000",
+        "postgresql://hunter2@database/mlflow",
+        "postgresql://database/mlflow?user=me&password=hunter2",
+        "http://me:hunter2@[::1",
+    ],
+)
+def test_a_password_in_the_tracking_uri_is_refused_without_being_shown(uri: str) -> None:
+    for refuse in (lambda: forwarded_environment({"MLFLOW_TRACKING_URI": uri}), lambda: refuse_password(uri, "x")):
+        with pytest.raises(UserError, match="a password") as caught:
+            refuse()
+        assert "hunter2" not in str(caught.value)
     refuse_password("http://tracking:5000", "tracking.uri")
+    refuse_password("sqlite:////home/me@work/mlflow.db", "tracking.uri")
+
+
+def test_a_malformed_tracking_uri_is_one_sentence() -> None:
+    with pytest.raises(UserError, match="MLFLOW_TRACKING_URI is not a URL"):
+        forwarded_environment({"MLFLOW_TRACKING_URI": "http://[::1"})
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,46 @@ def test_the_package_runs_from_the_parcel_alone(tmp_path: Path) -> None:
     assert ran.stdout.split() == [str(tmp_path.resolve() / "cosa_ray" / "__init__.py"), "3"]
 
 
+def test_only_the_source_of_the_package_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package, target = tmp_path / "package", tmp_path / "target"
+    sent = ["__init__.py", "py.typed", "_experiments/shapes.yaml"]
+    kept = ["mlflow.db", "key.pem", ".env", ".hidden/x.py", "runs/weights.pt", "__pycache__/a.cpython-311.pyc"]
+    for name in [*sent, *kept]:
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / name).write_text("x")
+    target.mkdir()
+    monkeypatch.setattr(parcel, "_PACKAGE", package)
+    parcel.pack(target, {}, package=True)
+    assert {str(p.relative_to(target / "package")) for p in target.rglob("*") if p.is_file()} == set(sent)
+
+
+def test_the_package_that_is_sent_knows_its_commit(tmp_path: Path) -> None:
+    """Where the job runs there is no repository; the state of the code goes along, and only the package's changes."""
+    import json
+
+    from cosa_ray.tracking.describe import GIT_FILE, git_state_to_send
+
+    root = Path(__file__).parents[2]
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout
+
+    if not (root / ".git").exists():
+        pytest.skip("no repository")
+    state = git_state_to_send()
+    assert state is not None
+    changed = [
+        line.split(" b/")[-1] for line in json.loads(state)["diff"].splitlines() if line.startswith("diff --git")
+    ]
+    assert all(name.startswith("cosa_ray/") for name in changed)
+    parcel.pack(tmp_path, {GIT_FILE: state}, package=True)
+    code = "import json; from cosa_ray.tracking.describe import git_state; print(json.dumps(git_state()[0]))"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    tags = json.loads(ran.stdout)
+    assert tags["mlflow.source.git.commit"] == git("rev-parse", "HEAD").strip()
+    assert tags["cosa_ray.git.dirty"] == ("true" if git("status", "--porcelain").strip() else "false")
+
+
 def test_installed_sends_the_file_only(tmp_path: Path) -> None:
     parcel.pack(tmp_path, {"x.yaml": ""}, package=False)
     assert [path.name for path in tmp_path.iterdir()] == ["x.yaml"]
@@ -67,6 +107,9 @@ def test_relative_paths_start_at_the_clusters_folder() -> None:
         "tracking.uri": "sqlite:////shared/me/mlflow.db",
     }
     assert parcel.for_cluster(config, "/shared/me", tracking_from_environment=True).tracking.uri is None
+    home = Config.model_validate({"storage": "~/runs", "data": {"dataset": "~/voc"}})
+    moved = parcel.for_cluster(home, "/shared/me", tracking_from_environment=True)
+    assert (moved.storage, moved.data.dataset) == ("~/runs", "~/voc"), "the home folder is that of the cluster"
     with pytest.raises(UserError, match="absolute folder"):
         parcel.for_cluster(config, "me", tracking_from_environment=False)
 
@@ -76,6 +119,7 @@ def test_relative_paths_start_at_the_clusters_folder() -> None:
     [
         ("sqlite:///mlflow.db", "sqlite:////shared/mlflow.db"),
         ("sqlite:////data/mlflow.db", "sqlite:////data/mlflow.db"),
+        ("sqlite:///~/mlflow.db", "sqlite:///~/mlflow.db"),
         ("http://tracking:5000", "http://tracking:5000"),
     ],
 )

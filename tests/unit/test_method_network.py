@@ -96,6 +96,23 @@ def test_family_gives_maps_and_every_parameter_a_gradient(family):
 
 
 @pytest.mark.parametrize(
+    ("backbone", "args", "side"),
+    [
+        ("convnext_atto", {"dims": (8, 8, 16, 16), "depths": (1, 1, 1, 1)}, 2),  # 80 / 32, rounded down
+        (
+            "swin_tiny_patch4_window7_224",
+            {"embed_dim": 12, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2)},
+            3,  # and up
+        ),
+    ],
+)
+def test_the_grid_is_the_maps_own_where_the_stride_does_not_divide(backbone, args, side):
+    network = build_network(model(backbone=backbone, backbone_args=args), 3, image_size=80)
+    with torch.no_grad():
+        assert network(torch.randn(1, 3, 80, 80)).cam.shape[-2:] == network.grid(80, 80) == (side, side)
+
+
+@pytest.mark.parametrize(
     ("backbone", "channels", "aux_channels", "fields"),
     [
         ("resnet10t", 512, 256, {}),

@@ -45,6 +45,13 @@ def test_phases():
     assert phase(Training(steps=8, warmup_iters=0), 0, 100) == "cotraining"
 
 
+@pytest.mark.parametrize(("warmup", "release"), [(8, False), (7, True)])
+def test_a_classifier_only_run_fills_no_ring(warmup, release):
+    """Nobody would read it, and it costs the assignment network's passes."""
+    training = Training(steps=8, warmup_iters=warmup, decoder_in_warmup=release)
+    assert {phase(training, step, 4) for step in range(8)} == {"warmup"}
+
+
 @pytest.mark.golden
 def test_release_ema(golden):
     arrays = golden("ema")

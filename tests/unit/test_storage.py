@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from pathlib import Path
 
@@ -87,3 +88,31 @@ def test_missing_things_are_none_or_empty(folder: RunFolder) -> None:
     assert folder.folders("nothing") == []
     assert not folder.exists()
     assert CheckpointStore(folder, METRIC).latest() is None
+
+
+def test_a_checkpoint_is_on_the_disk_before_the_index_names_it(
+    tmp_path: Path, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every file of it and every folder on the way, then the index, then the folder that names the index."""
+    folder = tmp_path / "run"
+    store = CheckpointStore(RunFolder(str(folder)), METRIC)
+    done: list[int | str] = []
+    sync, replace = os.fsync, os.replace
+
+    def synced(handle: int) -> None:
+        done.append(os.fstat(handle).st_ino)
+        sync(handle)
+
+    def replaced(source: str, target: str) -> None:
+        replace(source, target)
+        done.append("index")
+
+    monkeypatch.setattr("os.fsync", synced)
+    monkeypatch.setattr("os.replace", replaced)
+    save(store, files, 10, miou=0.1)
+    at = done.index("index")
+    checkpoint = folder / "checkpoints" / "step_00000010"
+    before = [checkpoint / "weights", checkpoint / FULL_STATE, checkpoint, checkpoint.parent, folder]
+    assert {path.stat().st_ino for path in before} <= set(done[:at])
+    assert (folder / CheckpointStore.INDEX).stat().st_ino in done[:at], "its content, before it takes its name"
+    assert folder.stat().st_ino in done[at:]

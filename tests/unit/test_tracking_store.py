@@ -68,10 +68,46 @@ def test_a_password_is_kept_for_mlflow_and_shown_to_nobody(uri) -> None:
     assert "host" in tracking.uri
 
 
-def test_a_password_in_a_wrong_uri_is_not_repeated() -> None:
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "htp://me:secret@host:5000",
+        "http://me:sec/secret@host:5000",
+        "me:secret@host:5000",
+        "http://me:secret@[::1",
+        "http://me:secret@",
+    ],
+)
+def test_a_password_in_a_wrong_uri_is_not_repeated(uri) -> None:
     with pytest.raises(UserError) as raised:
-        checked_uri("htp://me:secret@host:5000", "--uri")
+        checked_uri(uri, "--uri")
     assert "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("uri", "text"),
+    [
+        ("http://me:secret@host:5000", "API request to http://me:secret@host:5000/api failed\nbecause"),
+        ("http://me:secret@host:5000", "HTTPConnectionPool at http://me:secret@host:5001/api (moved)"),
+        ("postgresql://host/db?password=secret", "cannot connect to postgresql://host/db?password=secret"),
+        ("postgresql://host/db?password=secret", "at postgresql+psycopg2://host/db?user=a&password=secret&ssl=on"),
+    ],
+)
+def test_what_a_store_says_is_told_without_the_password(uri, text) -> None:
+    said = Store(uri, "e").said(RuntimeError(text))
+    assert "secret" not in said
+    assert "host" in said
+    assert "\n" not in said
+    assert Store(uri, "e").said(RuntimeError()) == "RuntimeError"
+
+
+def test_the_command_that_shows_a_store(monkeypatch, tmp_path) -> None:
+    from cosa_ray.tracking.ui import command_to_show
+
+    assert command_to_show(f"sqlite:///{tmp_path}/mlflow.db") == "cosa-ray ui"
+    assert command_to_show("sqlite:////else where/mlflow.db") == "cosa-ray ui --uri 'sqlite:////else where/mlflow.db'"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@host:5000")
+    assert command_to_show("http://host:5000") == "cosa-ray ui"
 
 
 def test_sqlite_is_refused_for_several_machines() -> None:

@@ -12,11 +12,11 @@ from cosa_ray.tuning.resources import DRIVER_CPUS, Fit, Node, fit_resources
 TEN_THOUSAND = 10_000  # Ray counts resources in ten-thousandths
 
 
-def place(cluster: list[Node], fit: Fit, workers: int, drivers_on: int) -> bool:
+def place(cluster: list[Node], fit: Fit, workers: int, drivers_on: int, drivers: int) -> bool:
     """Put every trial's driver on one machine, then the workers wherever there is room, as Ray does: in whole units."""
     cpus = [round(node.cpus * TEN_THOUSAND) for node in cluster]
     devices = [[TEN_THOUSAND] * int(node.gpus) for node in cluster]
-    cpus[drivers_on] -= fit.concurrency * round(DRIVER_CPUS * TEN_THOUSAND)
+    cpus[drivers_on] -= drivers * round(DRIVER_CPUS * TEN_THOUSAND)
     if cpus[drivers_on] < 0:
         return False
     need, share = round(fit.cpus_per_worker * TEN_THOUSAND), round(fit.gpus_per_worker * TEN_THOUSAND)
@@ -57,10 +57,18 @@ nodes = st.lists(
     cpus=st.one_of(st.none(), st.sampled_from([0.25, 0.5, 0.9, 1.0, 2.0])),
     gpus=st.sampled_from([0.0, 0.0, 0.25, 0.5, 1.0, 2.0]),
     concurrency=st.one_of(st.none(), st.integers(1, 6)),
+    resumed=st.booleans(),
 )
 def test_what_is_granted_always_starts(
-    cluster: list[Node], workers: int, trials: int, cpus: float | None, gpus: float, concurrency: int | None
+    cluster: list[Node],
+    workers: int,
+    trials: int,
+    cpus: float | None,
+    gpus: float,
+    concurrency: int | None,
+    resumed: bool,
 ) -> None:
+    """Also beside the drivers of all trials, which a resumed sweep can have alive while they wait for their turn."""
     try:
         fit = fit_resources(
             cluster,
@@ -69,14 +77,16 @@ def test_what_is_granted_always_starts(
             cpus_per_worker=cpus,
             gpus_per_worker=gpus,
             concurrency=concurrency,
+            drivers=trials if resumed else None,
         )
     except UserError:
         assume(False)
     assert 1 <= fit.concurrency <= min(trials, concurrency or trials)
     assert fit.cpus_per_worker > 0
-    homes = [index for index, node in enumerate(cluster) if node.cpus >= fit.concurrency * DRIVER_CPUS]
+    drivers = trials if resumed else fit.concurrency
+    homes = [index for index, node in enumerate(cluster) if node.cpus >= drivers * DRIVER_CPUS]
     for drivers_on in homes:
-        assert place(cluster, fit, workers, drivers_on)
+        assert place(cluster, fit, workers, drivers_on, drivers)
 
 
 @settings(deadline=None, max_examples=300)
@@ -99,7 +109,7 @@ def test_on_one_machine_as_many_run_as_there_is_room_for(cpus: float, workers: i
 
 
 def test_two_cores_run_two_trials() -> None:
-    """The exact fit: 2 x (0.01 + 0.99) = 2; with one CPU a worker it would be 2.02 and wait for ever."""
+    """The best fit in hundredths: 2 x (0.001 + 0.99) < 2; with one CPU a worker it would be 2.002, and a deadlock."""
     assert fit_resources([Node(2)], workers=1, trials=4) == Fit(2, 0.99, 0.0)
     assert fit_resources([Node(2)], workers=1, trials=4, cpus_per_worker=0.9).concurrency == 2
     assert fit_resources([Node(2)], workers=1, trials=4, cpus_per_worker=1.0).concurrency == 1
@@ -108,8 +118,11 @@ def test_two_cores_run_two_trials() -> None:
 @pytest.mark.parametrize(
     ("arguments", "arithmetic"),
     [
-        ({"workers": 4, "cpus_per_worker": 1.0}, "0.01 + 4 workers x 1) = 4.01 CPUs, and there are 2 CPUs"),
-        ({"workers": 1, "cpus_per_worker": 1.0, "concurrency": 2}, "2 x (0.01 + 1 workers x 1) = 2.02 CPUs"),
+        ({"workers": 4, "cpus_per_worker": 1.0}, "4 workers x 1 + 1 driver x 0.001 = 4.001 CPUs, and there are 2 CPUs"),
+        (
+            {"workers": 1, "cpus_per_worker": 1.0, "concurrency": 2},
+            "2 x 1 workers x 1 + 2 drivers x 0.001 = 2.002 CPUs",
+        ),
         ({"workers": 1, "gpus_per_worker": 1.0}, "1 workers x 1 GPUs = 1, and there are 0 GPUs"),
     ],
 )
@@ -129,3 +142,11 @@ def test_gpus_decide_how_many_run() -> None:
     fit = fit_resources([Node(32, 4), Node(32, 4)], workers=2, trials=20, gpus_per_worker=1.0)
     assert fit.concurrency == 4
     assert 7.9 <= fit.cpus_per_worker <= 8.0
+
+
+def test_a_resumed_sweep_makes_room_for_the_drivers_of_all_its_trials() -> None:
+    fresh = {"workers": 1, "trials": 40, "cpus_per_worker": 0.99, "concurrency": 2}
+    assert fit_resources([Node(2)], **fresh).concurrency == 2
+    # 40 x 0.001 + 2 x 0.99 = 2.02: one at a time, instead of a refusal the sweep could never get past.
+    assert fit_resources([Node(2)], **fresh, drivers=40).concurrency == 1
+    assert fit_resources([Node(2)], workers=1, trials=40, drivers=40) == Fit(2, 0.98, 0.0)

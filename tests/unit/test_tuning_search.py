@@ -21,7 +21,7 @@ SPACE = {
 def suggestions(search_seed: int, count: int = 15) -> list[dict]:
     """What the sweep's searcher asks for when each answer is the threshold: past TPE's ten random start-up trials."""
     from cosa_ray.config.schema import Config
-    from cosa_ray.tuning.sweep import tune_config
+    from cosa_ray.tuning.tuner import tune_config
 
     sweep = Sweep.model_validate({"base": "x", "space": SPACE, "search_seed": search_seed, "search": "optuna"})
     searcher = tune_config(sweep, Config(), "val/miou", 1, "folder").search_alg
@@ -52,10 +52,19 @@ def watch():
     from cosa_ray.tuning import hooks
 
     asked: list[str] = []
+    gone: list[str] = []
     made = Watch(
-        "s", "val/miou", "max", 4, steps=lambda values: 100, end_trial=asked.append, end_all=lambda: asked.append("*")
+        "s",
+        "val/miou",
+        "max",
+        4,
+        steps=lambda values: 100,
+        end_trial=asked.append,
+        end_all=lambda: asked.append("*"),
+        ended=gone.append,
+        marked=lambda trial_id: trial_id == "behind",
     )
-    made.asked = asked
+    made.asked, made.gone = asked, gone
     with hooks.watching("folder", made):
         yield made
     assert "folder" not in hooks.OPEN
@@ -98,6 +107,34 @@ def test_what_tune_pickles_comes_back_without_the_watch(watch: Watch) -> None:
     (row,) = watch.progress().rows
     assert (row.state, row.score, row.step, row.name) == ("running", 0.5, 50, "s-a")
     assert scheduler._folder == "folder"
+
+
+def test_a_driver_that_is_gone_gives_its_place_back(watch: Watch) -> None:
+    from cosa_ray.tuning.hooks import Follow
+
+    done, killed = (SimpleNamespace(trial_id=name, config={}) for name in ("done", "killed"))
+    follow = Follow("folder")
+    follow.on_trial_start(0, [done, killed], done)
+    follow.on_trial_start(0, [done, killed], killed)
+    assert watch.gone == []
+    follow.on_trial_complete(1, [done, killed], done)
+    follow.on_trial_error(1, [done, killed], killed)
+    assert watch.gone == ["done", "killed"]
+    assert [row.state for row in watch.progress().rows] == ["finished", "failed"]
+
+
+def test_trials_that_ended_before_a_resume_are_shown_as_they_ended(watch: Watch) -> None:
+    from cosa_ray.tuning.hooks import Follow
+
+    def ended(name: str, status: str = "TERMINATED") -> SimpleNamespace:
+        analysis = {"val/miou": {"max": 0.5}}
+        return SimpleNamespace(
+            trial_id=name, status=status, config={"a": 1}, metric_analysis=analysis, last_result={"step": 60}
+        )
+
+    Follow("folder").on_step_begin(0, [ended("first"), ended("behind"), ended("again", "PENDING")])
+    rows = {row.id: (row.state, row.score, row.step) for row in watch.progress().rows}
+    assert rows == {"first": ("finished", 0.5, 60), "behind": ("stopped_early", 0.5, 60)}
 
 
 def test_progress_says_who_is_best() -> None:

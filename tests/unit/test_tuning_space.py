@@ -139,6 +139,9 @@ def test_extremes() -> None:
     assert extremes(varied, 7, "training.steps") == (100, 300)
     assert extremes(varied, 7, "evaluation.every") == (20, 70)
     assert extremes(varied, 7, "training.warmup_iters") == (7, 7)
+    quoted = space(training__warmup_iters={"choice": ["400", 100]})
+    assert extremes(quoted, 7, "training.warmup_iters") == (100, 400)
+    assert apply_overrides(BASE, {"training.warmup_iters": "400"}).training.warmup_iters == 400
 
 
 def test_every_point_of_a_good_space_is_a_valid_experiment() -> None:

@@ -1,0 +1,161 @@
+"""A run's workers under Ray Train: the cluster, what a worker is given, and how a run of them ends."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from cosa_ray.config.schema import Config
+from cosa_ray.errors import UserError
+from cosa_ray.training.loop import Job, Outcome, run_worker
+from cosa_ray.training.runs import read_run
+from cosa_ray.training.session import RaySession
+
+# Read by Ray Train when a run starts: workers keep the folder they are in, print once, and are looked at often.
+RAY_TRAIN_SETTINGS = {
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
+}
+
+
+@contextlib.contextmanager
+def ray_cluster() -> Iterator[None]:
+    """An attached Ray cluster (RAY_ADDRESS, or the one this process is in), else a fresh local one for the block."""
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    for key, value in RAY_TRAIN_SETTINGS.items():
+        os.environ.setdefault(key, value)
+    started = not os.environ.get("RAY_ADDRESS")
+    # The dashboard stays on: without it Ray leaks the placement groups of stopped trials.
+    ray.init(
+        address="local" if started else None,
+        include_dashboard=True if started else None,
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+        runtime_env={"env_vars": RAY_TRAIN_SETTINGS},
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def fit(job: Job, monitor: Any, callbacks: Sequence[Any] = ()) -> Outcome:
+    """Run a job's workers under Ray Train and wait; also what a Tune trial calls. Never raises for a failed run."""
+    import ray
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    config = job.config
+    os.environ.update({key: os.environ.get(key, value) for key, value in RAY_TRAIN_SETTINGS.items()})
+    job = replace(job, cpus_per_worker=cpus_per_worker(config, ray.cluster_resources()))
+    storage, _, name = job.folder.rpartition("/")
+    ray.get(monitor.keep.remote(_mistake_of(job.name), None))
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={"job": job, "monitor": monitor},
+        torch_config=TorchConfig(backend="nccl" if config.resources.gpus_per_worker else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=config.workers,
+            use_gpu=config.resources.gpus_per_worker > 0,
+            resources_per_worker={"CPU": job.cpus_per_worker, "GPU": config.resources.gpus_per_worker},
+        ),
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=storage,
+            callbacks=list(callbacks),
+            failure_config=ray.train.FailureConfig(
+                max_failures=config.resources.max_failures, controller_failure_limit=3
+            ),
+        ),
+    )
+    outcome: Outcome | None = None
+    cause = "the workers returned nothing"
+    try:
+        outcome = trainer.fit().return_value
+    except ray.train.TrainingFailedError as error:
+        cause = _cause(error)
+    cause = ray.get(monitor.kept.remote(_mistake_of(job.name))) or cause
+    if outcome is None or outcome.state == "failed":
+        run = read_run(job.folder)
+        return Outcome("failed", run.step if run else 0, cause)
+    return outcome
+
+
+def _work(handed: dict[str, Any]) -> Outcome:
+    """What every worker runs.
+
+    A mistake of the user that one worker alone meets would leave the others waiting in a collective: the worker tells
+    the monitor and fails, Ray ends the group, and the group that it starts again reads the sentence and returns.
+    """
+    import ray
+    import ray.train
+
+    job, monitor, context = handed["job"], handed["monitor"], ray.train.get_context()
+    if (sentence := ray.get(monitor.kept.remote(_mistake_of(job.name)))) is not None:
+        return Outcome("failed", 0, sentence)
+    session = RaySession(monitor, job.name, context.get_world_rank())
+    try:
+        return run_worker(job, session, worker_device(job.config))
+    except UserError as error:
+        session.close()
+        ray.get(monitor.keep.remote(_mistake_of(job.name), str(error)))
+        if context.get_world_size() > 1:
+            raise
+        return Outcome("failed", 0, str(error))
+
+
+def _mistake_of(run: str) -> str:
+    """Under what the monitor keeps the sentence that ends a run."""
+    return f"mistake of {run}"
+
+
+def worker_device(config: Config) -> torch.device:
+    """The GPU that Ray gives this worker; the CPU when none was asked for, because Ray does not hide GPUs then."""
+    if config.resources.gpus_per_worker == 0:
+        return torch.device("cpu")
+    import ray.train.torch
+
+    return ray.train.torch.get_device()
+
+
+def cpus_per_worker(config: Config, cluster: dict[str, float]) -> float:
+    """Logical CPUs a worker: as configured, else the cluster's shared out evenly with a little left for drivers.
+
+    Raises UserError with the arithmetic when the workers cannot fit, instead of waiting for ever.
+    """
+    cpus, gpus = cluster.get("CPU", 0.0), cluster.get("GPU", 0.0)
+    each = config.resources.cpus_per_worker
+    if each is None:
+        each = int(max(0.01, (cpus - 0.1) / config.workers) * 100) / 100
+    if config.workers * each > cpus:
+        raise UserError(
+            f"{config.workers} workers x {each} CPUs = {config.workers * each:g} do not fit the cluster's {cpus:g} "
+            "CPUs; lower workers or resources.cpus_per_worker."
+        )
+    if config.workers * config.resources.gpus_per_worker > gpus:
+        raise UserError(
+            f"{config.workers} workers x {config.resources.gpus_per_worker} GPUs = "
+            f"{config.workers * config.resources.gpus_per_worker:g} do not fit the cluster's {gpus:g} GPUs; "
+            "lower workers or resources.gpus_per_worker."
+        )
+    return each
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost message of a training failure, on one line."""
+    failures = getattr(error, "worker_failures", None) or {}
+    inner: BaseException = next(iter(failures.values()), error)
+    cause = getattr(inner, "cause", None) or inner
+    return " ".join(str(cause).strip().splitlines()[-1:]) or type(cause).__name__

@@ -1,0 +1,66 @@
+"""The metric that orders the trials of a sweep: one that every trial reports, or the sweep is refused."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+from cosa_ray.config.load import apply_overrides
+from cosa_ray.config.schema import Config
+from cosa_ray.data.dataset import open_dataset
+from cosa_ray.errors import UserError
+from cosa_ray.evaluation.evaluate import best_metric, metric_prefix, tracked_names
+from cosa_ray.tuning.space import points
+from cosa_ray.tuning.sweepfile import Sweep
+
+_CAMS = (
+    "cam_miou_best",
+    "cam_best_threshold",
+    "cam_aux_miou_best",
+    "cam_aux_best_threshold",
+    "pseudo_miou",
+    "pseudo_coverage",
+    "map",
+    "images",
+)
+_SEGMENTATION = ("miou", "miou_online", "miou_labels_given", "pixel_accuracy")
+# Settings that a metric's name, or whether there is one, depends on.
+_NAMING = ("evaluation.subset", "evaluation.cam_threshold", "data.val_split", "training.steps", "training.warmup_iters")
+
+
+def reported(config: Config, classes: Sequence[str], images: int) -> list[str]:
+    """Names of the metrics that a run of this config reports; `images` is the size of its validation split."""
+    names = [*_CAMS, f"cam_miou_at_{config.evaluation.cam_threshold:g}"]
+    if config.training.warmup_iters < config.training.steps:
+        names = [*_SEGMENTATION, *names, *(f"iou/{name}" for name in tracked_names(("background", *classes)))]
+    prefix = metric_prefix(config, images)
+    return [*(f"{prefix}/{name}" for name in names), "train/loss"]
+
+
+def sweep_metric(sweep: Sweep, base: Config, where: str) -> str:
+    """The metric of a sweep: its own, else the one its base calls best.
+
+    Raises UserError, with the nearest name, when a trial of the space would not report it.
+    """
+    dataset = open_dataset(base.data.dataset)
+
+    def names(config: Config) -> list[str]:
+        return reported(config, dataset.classes, len(dataset.split(config.data.val_split)))
+
+    metric = sweep.metric or best_metric(base, metric_prefix(base, len(dataset.split(base.data.val_split))))
+    varied = [key for key in _NAMING if key in sweep.space]
+    seen: set[tuple[object, ...]] = set()
+    for point in points(sweep.space) if varied else [{}]:
+        given = {key: point[key] for key in varied if key in point}
+        if tuple(given.items()) in seen:
+            continue
+        seen.add(tuple(given.items()))
+        known = names(apply_overrides(base, point, where) if given else base)
+        if metric not in known:
+            shown = ", ".join(f"{key}={value}" for key, value in given.items())
+            near = difflib.get_close_matches(metric, known, n=1, cutoff=0.5)
+            raise UserError(
+                f"{where}: no evaluation{f' with {shown}' if shown else ''} reports the metric {metric}"
+                + (f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known[:12])} and others.")
+            )
+    return metric
