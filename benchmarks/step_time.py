@@ -3,8 +3,9 @@
     python benchmarks/step_time.py shapes --dataset datasets/shapes --threads 1
     python benchmarks/step_time.py voc --batch 2 --steps 3 --threads 2
 
-Without --dataset the pictures are noise (no data part). Prints medians over the measured steps, and JSON with --json.
-Needs neither Ray nor MLflow.
+Without --dataset the pictures are noise (no data part). --track logs every step to an MLflow store of its own (a run
+logs every `tracking.log_every` steps). Prints medians over the measured steps, and JSON with --json. Needs neither Ray
+nor, without --track, MLflow.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import ExitStack
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -23,10 +26,19 @@ from cosa_ray.config.load import apply_overrides, load_config
 from cosa_ray.config.schema import Config
 from cosa_ray.data.loader import TrainingBatch
 from cosa_ray.method import step as method_step
+from cosa_ray.tracking.tracker import NoTracker, Tracker, open_tracker
 from cosa_ray.training.distributed import autocast_dtype, join_workers
 from cosa_ray.training.state import TrainState
 
-PARTS = ("data", "assignment network", "online forward", "backward", "pseudo-labels and losses", "optimiser and EMA")
+PARTS = (
+    "data",
+    "assignment network",
+    "online forward",
+    "backward",
+    "pseudo-labels and losses",
+    "optimiser and EMA",
+    "tracking",
+)
 
 
 class Clock:
@@ -62,7 +74,17 @@ def noise(config: Config, step: int, classes: int) -> TrainingBatch:
     return TrainingBatch(step, pictures, pictures, labels, box, torch.arange(batch))
 
 
-def measure(config: Config, steps: int, dataset: str | None, classes: int) -> list[dict[str, float]]:
+def tracker_in(folder: str, config: Config) -> Tracker | NoTracker:
+    """A tracker with a SQLite store and a spool in a folder."""
+    from cosa_ray.tracking.store import open_store
+
+    config = apply_overrides(config, {"tracking.uri": f"sqlite:///{folder}/mlflow.db"})
+    return open_tracker(open_store(config, run_name="step-time", folder=folder))
+
+
+def measure(
+    config: Config, steps: int, dataset: str | None, classes: int, tracker: Tracker | NoTracker | None
+) -> list[dict[str, float]]:
     """Seconds of every part for each of `steps` co-training steps, after two that do not count."""
     workers = join_workers()
     clock = Clock(workers.device)
@@ -114,8 +136,12 @@ def measure(config: Config, steps: int, dataset: str | None, classes: int) -> li
         state.optimise(finite, state.gradient_norm())
         if output.proposal is not None:
             state.thresholds.commit(output.proposal, finite)
+        optimised = clock.now()
+        clock.spent["optimiser and EMA"] = optimised - before
+        if tracker is not None:
+            tracker.log({f"train/{name}": loss.item() for name, loss in output.losses.items()}, step)
         ended = clock.now()
-        clock.spent["optimiser and EMA"] = ended - before
+        clock.spent["tracking"] = ended - optimised
         whole = ended - began
         clock.spent["pseudo-labels and losses"] = whole - sum(clock.spent.values())
         if step >= 2:
@@ -132,6 +158,7 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=20, help="classes of the noise")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--track", action="store_true", help="log every step to MLflow")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -141,7 +168,11 @@ def main() -> None:
     if given.batch:
         changes["training.batch_size"] = given.batch
     config = apply_overrides(config, changes)
-    measured = measure(config, given.steps, given.dataset, given.classes)
+    with ExitStack() as stack:
+        tracker = tracker_in(stack.enter_context(TemporaryDirectory()), config) if given.track else None
+        measured = measure(config, given.steps, given.dataset, given.classes, tracker)
+        if tracker is not None:
+            tracker.finish("FINISHED")
     medians = {part: statistics.median(one.get(part, 0.0) for one in measured) for part in (*PARTS, "step")}
     if given.json:
         machine = {"threads": given.threads, "torch": torch.__version__, "cuda": torch.cuda.is_available()}
