@@ -15,7 +15,7 @@ demo: install
 	$(BIN)/cosa-ray demo
 
 test: install
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" --durations=15
 
 test-full: install
 	$(BIN)/pytest

@@ -194,11 +194,12 @@ print(json.dumps(result))
     result = json.loads(done.stdout.splitlines()[-1])
     assert contents(tmp_path / "ray") == contents(tmp_path / "local")
     assert result["stopped"] == "train 0: it is broken; mend it, or import without --strict"
-    at_once, later = result["left"]
-    assert at_once == later  # no task writes any more
-    assert not [name for name in later if name.endswith(".part")]  # nothing half written
+    at_once, later = (set(names) for names in result["left"])
+    # Cancelled tasks may need a moment to drop what they had begun, and none begins or ends another shard.
+    assert {name for name in at_once if not name.endswith(".part")} == later
+    assert not [name for name in later if name.endswith(".part")]
     assert "train-00000.arrow" not in later
-    assert len(later) < 5  # whole shards of tasks that ended before may stay, not all of them
+    assert len(later) < 5  # whole shards of tasks that had ended stay
     assert result["refused"].startswith("train bad: the image cannot be decoded (not a picture)")
     assert "\n" not in result["refused"]
     assert result["sums"][0] == result["sums"][1]
