@@ -86,11 +86,6 @@ class Network(nn.Module):
             self.register_buffer(name, value, persistent=False)
         self.train()
 
-    @property
-    def multiple(self) -> int:
-        """Sides of an input must be a multiple of this many pixels."""
-        return self.taps.multiple
-
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """(h, w) of the last map for an input of this many pixels.
 
