@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cosa_ray.cli.output import PLAIN_SECONDS, json_only, say, table
+from cosa_ray.cli.output import count_bar, json_only, say, table
 from cosa_ray.errors import UserError
 
 if TYPE_CHECKING:
-    from cosa_ray.data.card import DatasetCard
+    from cosa_ray.data.card import DatasetCard, SubsetCard
     from cosa_ray.data.check import CheckReport
     from cosa_ray.data.importing import Progress
 
@@ -80,15 +79,27 @@ def coco(
     out: Out,
     masks: Annotated[str, typer.Option(help="Masks: auto, json (rasterised), png or none.")] = "auto",
     year: Annotated[str, typer.Option(help="Year in the folder and annotation names.")] = "2014",
+    val_part: Annotated[
+        str | None,
+        typer.Option(
+            help="List of the images of val that the subset val_part names [default: SRC/val_part.txt, if any]."
+        ),
+    ] = None,
     strict: Strict = False,
     local: Local = False,
     as_json: AsJson = False,
 ) -> None:
     """Import MS COCO: {train,val}2014, annotations/instances_*2014.json, SegmentationClass/*2014 if there.
 
-    Example: cosa-ray data import coco coco datasets/coco
+    The published runs evaluate on 5,000 images of val while they train. Their list comes with the authors' code, not
+    with this package; `cosa-ray data subset OUT val_random --random 5000` names as many, but not the same images.
+
+    Example: cosa-ray data import coco coco datasets/coco --val-part val_part.txt
     """
-    _import("coco", source, out, {"masks": masks, "year": year}, strict, local, as_json)
+    from cosa_ray.data.coco import val_part_list
+
+    listed = val_part_list(source, val_part)
+    _import("coco", source, out, {"masks": masks, "year": year}, strict, local, as_json, listed)
 
 
 @import_.command()
@@ -113,9 +124,17 @@ def folder(
 
 
 def _import(
-    kind: str, source: str | None, out: str, options: dict[str, Any], strict: bool, local: bool, as_json: bool
+    kind: str,
+    source: str | None,
+    out: str,
+    options: dict[str, Any],
+    strict: bool,
+    local: bool,
+    as_json: bool,
+    val_part: str | None = None,
 ) -> None:
     from cosa_ray.data.importing import import_dataset
+    from cosa_ray.data.subsets import add_subset
 
     started = time.monotonic()
     with json_only(as_json) as emit, import_progress(kind) as progress:
@@ -124,6 +143,13 @@ def _import(
         except KeyboardInterrupt:
             say(f"cosa-ray: stopped; run the same command again to finish {out}")
             raise
+        if val_part is not None:
+            try:
+                card = add_subset(out, "val_part", of="val", ids=val_part)
+            except UserError as error:
+                raise UserError(
+                    f"{out} is imported, without its subset val_part, which `data subset` can still make: {error}"
+                ) from None
         aside = [(split, item) for split, part in card.splits.items() for item in part.put_aside]
         for split, item in aside[:NAMED]:
             say(f"put aside: {split} {item.id}: {item.reason}")
@@ -140,7 +166,45 @@ def _print_card(card: DatasetCard, out: str) -> None:
         for name, split in card.splits.items()
     ]
     table(out, ["split", "images", "masks", "left out, no label", "put aside"], rows)
+    for name, subset in card.subsets.items():
+        say(_subset_line(name, subset, card.splits[subset.of].images))
     say(f"labels: {card.labels_from}; masks: {card.masks_from}")
+
+
+def _subset_line(name: str, subset: SubsetCard, images: int) -> str:
+    chosen = f"{subset.images} of the {images} images of {subset.of}, {subset.masks} with a mask"
+    return f"subset {name}: {chosen} ({subset.origin}); listed in {subset.ids_file}"
+
+
+@app.command()
+def subset(
+    dataset: Dataset,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the subset, used wherever a split's is.")],
+    of: Annotated[str, typer.Option(help="Split whose images they are.")] = "val",
+    ids: Annotated[
+        str | None, typer.Option(metavar="FILE", help="List of images, the id or file name of one a line.")
+    ] = None,
+    first: Annotated[int | None, typer.Option(metavar="N", help="The split's first N images.")] = None,
+    random: Annotated[int | None, typer.Option(metavar="N", help="N images drawn with --seed.")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of --random.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Name some images of a split, copying none; the name then serves as a split: data.val_split, --split, metrics.
+
+    COCO's val_part of the published runs is the list of 5,000 names that comes with the authors' code. --random 5000
+    names as many, but not the same images: give it another name.
+
+    Example: cosa-ray data subset datasets/coco val_part --of val --ids val_part.txt
+    """
+    from cosa_ray.data.subsets import add_subset
+
+    with json_only(as_json) as emit:
+        if sum(choice is not None for choice in (ids, first, random)) != 1:
+            raise UserError("`data subset` needs one of --ids, --first and --random: give exactly one")
+        card = add_subset(dataset, name, of=of, ids=ids, first=first, random=random, seed=seed)
+        made = card.subsets[name]
+        say(_subset_line(name, made, card.splits[made.of].images))
+        emit({"dataset": dataset, "name": name, **made.model_dump(mode="json")})
 
 
 @app.command()
@@ -152,7 +216,7 @@ def check(dataset: Dataset, as_json: AsJson = False) -> None:
     from cosa_ray.data.check import check_dataset
 
     with json_only(as_json) as emit:
-        with _bar("check") as show:
+        with count_bar("check") as show:
             report = check_dataset(dataset, lambda done, total: show(done, total, 0))
         emit(report.model_dump(mode="json"))
     if not as_json:
@@ -170,6 +234,11 @@ def _print_report(report: CheckReport) -> None:
         rows.append([name, *map(str, counts), height, width, f"{split.bytes / 1e6:.1f} MB"])
     columns = ["split", "images", "masks", "no label", "left out", "put aside", "height", "width", "size"]
     table("splits", columns, rows)
+    if report.subsets:
+        columns = ["subset", "of", "images", "masks", "not in the split", "chosen by"]
+        named = report.subsets.items()
+        rows = [[n, s.of, str(s.images), str(s.masks), str(len(s.missing)), s.origin] for n, s in named]
+        table("subsets", columns, rows)
     rows = []
     for index, name in enumerate(["background", *report.classes]):
         row = [name, report.palette[index]]
@@ -195,14 +264,15 @@ def _print_report(report: CheckReport) -> None:
     for damage in report.damage:
         print(f"DAMAGED: {damage}")
     if report.ok:
-        print(f"all {report.shards} shards have the checksums of the card")
+        lists = f" and {len(report.subsets)} lists of subsets" if report.subsets else ""
+        print(f"all {report.shards} shards{lists} have the checksums of the card")
 
 
 @app.command()
 def show(
     dataset: Dataset,
     out: Annotated[str, typer.Argument(metavar="OUT.png", help="Picture to write.")],
-    split: Annotated[str, typer.Option(help="Split to show.")] = "train",
+    split: Annotated[str, typer.Option(help="Split or subset to show.")] = "train",
     images: Annotated[int, typer.Option(min=1, help="Images to show.")] = 8,
     config: Annotated[str | None, typer.Option(help="Experiment whose views are shown, by name or path.")] = None,
     seed: Annotated[
@@ -232,42 +302,5 @@ def show(
 @contextlib.contextmanager
 def import_progress(kind: str) -> Iterator[Callable[[Progress], None]]:
     """Yield a function that shows how far an import is."""
-    with _bar(f"import {kind}") as show:
+    with count_bar(f"import {kind}") as show:
         yield lambda at: show(at.done, at.total, at.put_aside)
-
-
-@contextlib.contextmanager
-def _bar(title: str) -> Iterator[Callable[[int, int, int], None]]:
-    """Yield a function told images done, in all and put aside: a live bar on a terminal, else a line now and then."""
-    if not sys.stderr.isatty():
-        last = time.monotonic()
-
-        def plain(done: int, total: int, aside: int) -> None:
-            nonlocal last
-            if done == total or time.monotonic() - last >= PLAIN_SECONDS:
-                last = time.monotonic()
-                say(f"{title}: {done} of {total} images{_and_aside(aside)}")
-
-        yield plain
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("images{task.fields[aside]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(title, total=None, aside="")
-
-        def live(done: int, total: int, aside: int) -> None:
-            bar.update(task, completed=done, total=total, aside=_and_aside(aside))
-
-        yield live
-
-
-def _and_aside(count: int) -> str:
-    return f", {count} put aside" if count else ""

@@ -70,6 +70,44 @@ def progress_line() -> Iterator[Callable[[Progress], None]]:
         yield live
 
 
+@contextlib.contextmanager
+def count_bar(title: str) -> Iterator[Callable[..., None]]:
+    """Yield a function told images done, in all and put aside: a live bar on a terminal, else a line now and then."""
+    if not sys.stderr.isatty():
+        last = time.monotonic()
+
+        def plain(done: int, total: int, aside: int = 0) -> None:
+            nonlocal last
+            if done == total or time.monotonic() - last >= PLAIN_SECONDS:
+                last = time.monotonic()
+                say(f"{title}: {done} of {total} images{_and_aside(aside)}")
+
+        yield plain
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("images{task.fields[aside]}"),
+        TimeRemainingColumn(),
+    )
+    with Bar(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=None, aside="")
+
+        def live(done: int, total: int, aside: int = 0) -> None:
+            bar.update(task, completed=done, total=total, aside=_and_aside(aside))
+
+        yield live
+
+
+def _and_aside(count: int) -> str:
+    return f", {count} put aside" if count else ""
+
+
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """Print a table on stdout."""
     from rich.console import Console

@@ -5,14 +5,23 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from cosa_ray.data.remote import NotThere, Place
 from cosa_ray.errors import UserError
 
 CARD = "dataset.json"
 FORMAT = "cosa-ray dataset"
-VERSION = 1
+VERSIONS = (1, 2)  # 2 has subsets; without them 1 is written, which earlier versions of this package read
+SUBSETS = "subsets"  # folder inside the dataset's, of the lists that say which images a subset has
 
 Count = Annotated[int, Field(ge=0)]
 Byte = Annotated[int, Field(ge=0, le=255)]
@@ -49,6 +58,17 @@ class SplitCard(_Part):
     shards: tuple[ShardCard, ...] = ()
 
 
+class SubsetCard(_Part):
+    """Some images of a split under a name of their own; which ones is in a list beside the card, one id a line."""
+
+    of: str = Field(description="Split whose images they are.")
+    ids_file: str = Field(pattern=rf"^{SUBSETS}/[A-Za-z0-9_-]+\.txt$", description="The list, in the dataset's folder.")
+    images: Annotated[int, Field(ge=1)]
+    masks: Count = Field(description="Images that have a mask.")
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="Of the list.")
+    origin: str = Field(description="How the images were chosen.")
+
+
 class Origin(_Part):
     """The import that made the dataset."""
 
@@ -61,13 +81,14 @@ class DatasetCard(_Part):
     """What a dataset folder holds; written last, so that a folder with a card is complete."""
 
     format: Literal["cosa-ray dataset"] = "cosa-ray dataset"
-    version: Literal[1] = 1
+    version: Literal[1, 2] = 1
     classes: tuple[str, ...] = Field(min_length=1, description="Class names, background left out (mask values 1..C).")
     palette: tuple[tuple[Byte, Byte, Byte], ...] = Field(description="RGB of background and of every class.")
     labels_from: str = Field(description="Where the image-level labels came from.")
     masks_from: str = Field(description="Where the masks came from.")
     origin: Origin
     splits: dict[str, SplitCard]
+    subsets: dict[str, SubsetCard] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _consistent(self) -> DatasetCard:
@@ -80,7 +101,21 @@ class DatasetCard(_Part):
                 raise ValueError(f"split {name} counts {len(split.images_per_class)} of {len(self.classes)} classes")
             if split.images != sum(shard.images for shard in split.shards):
                 raise ValueError(f"split {name} says {split.images} images and its shards say otherwise")
+        for name, subset in self.subsets.items():
+            if subset.of not in self.splits:
+                raise ValueError(f"subset {name} is of a split {subset.of}, which is not there")
+            if name in self.splits:
+                raise ValueError(f"{name} is a split and a subset")
+        if self.subsets and self.version < 2:
+            raise ValueError(f"format {self.version} has no subsets")
         return self
+
+    @model_serializer(mode="wrap")
+    def _as_its_format_says(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content: dict[str, Any] = write(self)
+        if not self.subsets:
+            content.pop("subsets", None)  # which format 1 does not know
+        return content
 
 
 def read_card(folder: Place) -> DatasetCard:
@@ -98,10 +133,10 @@ def read_card(folder: Place) -> DatasetCard:
         content = json.loads(text)
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise UserError(f"{folder.uri}/{CARD} is not the card of a {FORMAT}: import the data again")
-        if content.get("version") != VERSION:
+        if content.get("version") not in VERSIONS:
             raise UserError(
-                f"{folder.uri} has dataset format {content.get('version')}, this version reads {VERSION}: "
-                "import the data again"
+                f"{folder.uri} has dataset format {content.get('version')}, this version reads "
+                f"{' and '.join(map(str, VERSIONS))}: use the cosa-ray that wrote it, or import the data again"
             )
         return DatasetCard.model_validate(content)
     except json.JSONDecodeError as error:

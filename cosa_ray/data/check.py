@@ -11,8 +11,8 @@ from typing import Annotated, NamedTuple
 import numpy as np
 from pydantic import BaseModel, Field
 
-from cosa_ray.data.card import PutAside, ShardCard, SplitCard
-from cosa_ray.data.dataset import Sample, Split, locate_dataset, wrong_size
+from cosa_ray.data.card import PutAside, ShardCard, SplitCard, SubsetCard
+from cosa_ray.data.dataset import Sample, Split, locate_dataset, subset_ids, wrong_size
 from cosa_ray.data.pictures import IGNORED
 from cosa_ray.data.remote import file_sha256
 from cosa_ray.data.shard import map_shard
@@ -46,8 +46,18 @@ class SplitReport(BaseModel):
     put_aside: list[PutAside] = Field(default_factory=list)
 
 
+class SubsetReport(BaseModel):
+    """What a subset names; `missing` are the ids that its split does not hold."""
+
+    of: str
+    images: int
+    masks: int
+    origin: str
+    missing: list[str] = Field(default_factory=list)
+
+
 class CheckReport(BaseModel):
-    """The result of `cosa-ray data check`; `damage` is empty when every shard and mask is what the card says."""
+    """The result of `cosa-ray data check`; `damage` is empty when every shard, mask and list is what the card says."""
 
     dataset: str
     classes: list[str]
@@ -56,6 +66,7 @@ class CheckReport(BaseModel):
     masks_from: str
     shards: int
     splits: dict[str, SplitReport]
+    subsets: dict[str, SubsetReport]
     damage: list[str]
 
     @property
@@ -81,6 +92,7 @@ def check_dataset(uri: str, progress: Callable[[int, int], None] | None = None) 
     folder, card = locate_dataset(uri)
     damage: list[str] = []
     splits: dict[str, SplitReport] = {}
+    ids: dict[str, set[str]] = {}
     total = sum(split.images for split in card.splits.values())
     done = 0
     for name, split in card.splits.items():
@@ -98,6 +110,7 @@ def check_dataset(uri: str, progress: Callable[[int, int], None] | None = None) 
         )
         samples = Split(folder, name, readable, card.classes)
         _count(samples, report)
+        ids[name] = set(samples.ids()) if any(subset.of == name for subset in card.subsets.values()) else set()
         for found in _masks(samples):
             if found.damage:
                 damage.append(f"split {name}, {found.damage}")
@@ -115,6 +128,10 @@ def check_dataset(uri: str, progress: Callable[[int, int], None] | None = None) 
             same = report.images_per_class == list(split.images_per_class) and report.masks == split.masks
             if not same and not damage:
                 damage.append(f"split {name} does not hold the counts of its card")
+    subsets = {}
+    for name, subset in card.subsets.items():
+        subsets[name], found_wrong = _subset(folder, name, subset, ids[subset.of])
+        damage += found_wrong
     return CheckReport(
         dataset=uri,
         classes=list(card.classes),
@@ -123,6 +140,7 @@ def check_dataset(uri: str, progress: Callable[[int, int], None] | None = None) 
         masks_from=card.masks_from,
         shards=sum(len(split.shards) for split in card.splits.values()),
         splits=splits,
+        subsets=subsets,
         damage=damage,
     )
 
@@ -143,6 +161,18 @@ def _damage(folder: Path, shard: ShardCard, num_classes: int) -> str | None:
     except UserError as error:
         return str(error)
     return None
+
+
+def _subset(folder: Path, name: str, subset: SubsetCard, there: set[str]) -> tuple[SubsetReport, list[str]]:
+    """What a subset names, and what is wrong with it."""
+    report = SubsetReport(of=subset.of, images=subset.images, masks=subset.masks, origin=subset.origin)
+    try:
+        report.missing = [each for each in subset_ids(folder, subset) if each not in there]
+    except UserError as error:
+        return report, [str(error)]
+    count = len(report.missing)
+    first = f"subset {name} names {count} images that split {subset.of} does not have, the first " if count else ""
+    return report, [first + report.missing[0]] if count else []
 
 
 def _empty(split: SplitCard, num_classes: int) -> SplitReport:

@@ -17,6 +17,7 @@ from cosa_ray.data.pictures import Broken, Palette, checked_image, encode_indice
 from cosa_ray.data.remote import Place, fetch, place
 from cosa_ray.data.shard import Row
 from cosa_ray.data.source import Samples, Source, check_names, read_file, read_text, stored_row
+from cosa_ray.data.subsets import read_list
 from cosa_ray.errors import UserError
 
 # fmt: off
@@ -32,6 +33,7 @@ CLASSES = (
 )
 # fmt: on
 MASKS = ("auto", "json", "png", "none")
+VAL_PART = "val_part"  # the subset of val that the authors' code evaluates on while it trains
 
 
 class _Region(NamedTuple):
@@ -112,6 +114,18 @@ def coco_source(uri: str, *, masks: str = "auto", year: str = "2014") -> Source:
         drop_without_labels=True,
         root=root,
     )
+
+
+def val_part_list(uri: str, given: str | None = None) -> str | None:
+    """Path or URI of the list of the subset val_part: `given`, else val_part.txt in the COCO folder, if it is there.
+
+    Raises UserError for a list that cannot be read or is empty: better than after hours of importing.
+    """
+    found = place(given) if given is not None else place(uri).child(f"{VAL_PART}.txt")
+    if given is None and not found.exists():
+        return None
+    read_list(found)
+    return found.uri
 
 
 class _Spooled:

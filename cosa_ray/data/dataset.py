@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,9 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from cosa_ray.data.card import CARD, DatasetCard, ShardCard, SplitCard, read_card, write_card
+from cosa_ray.data.card import CARD, SUBSETS, DatasetCard, ShardCard, SplitCard, SubsetCard, read_card, write_card
 from cosa_ray.data.pictures import decode_indices, decode_rgb
-from cosa_ray.data.remote import NotThere, cached, fetch, place, reaching, say_copy
+from cosa_ray.data.remote import NotThere, Place, cached, fetch, place, reaching, say_copy
 from cosa_ray.data.shard import map_shard
 from cosa_ray.errors import UserError
 
@@ -50,21 +51,29 @@ class Sample:
 
 
 class Split:
-    """The samples of one split, by index. Pickles as a path, so loader processes map the same pages themselves."""
+    """The samples of one split, or of a subset of it, by index.
 
-    def __init__(self, folder: Path, name: str, card: SplitCard, classes: tuple[str, ...]) -> None:
+    Pickles as a path, so loader processes map the same pages themselves. `card` is the whole split's.
+    """
+
+    def __init__(
+        self, folder: Path, name: str, card: SplitCard, classes: tuple[str, ...], subset: SubsetCard | None = None
+    ) -> None:
         self.folder = folder
         self.name = name
         self.card = card
         self.classes = classes
+        self.subset = subset
+        self._counts: SplitCard | SubsetCard = subset or card
         self._ends = np.cumsum([shard.images for shard in card.shards], dtype=np.int64)
         self._tables: dict[int, pa.Table] = {}
+        self._rows: np.ndarray | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_tables": {}}
+        return {**self.__dict__, "_tables": {}, "_rows": None}
 
     def __len__(self) -> int:
-        return self.card.images
+        return self._counts.images
 
     @property
     def num_classes(self) -> int:
@@ -74,15 +83,16 @@ class Split:
     @property
     def has_masks(self) -> bool:
         """True when every image has a mask."""
-        return 0 < self.card.images == self.card.masks
+        return 0 < self._counts.images == self._counts.masks
 
     def __getitem__(self, index: int) -> Sample:
         """Sample `index`, 0-based. Raises IndexError beyond the end, UserError for a damaged shard."""
         if not 0 <= index < len(self):
             raise IndexError(f"split {self.name} has {len(self)} images, there is no image {index}")
-        shard = int(np.searchsorted(self._ends, index, side="right"))
+        whole = index if self.subset is None else int(self._places(self.subset)[index])
+        shard = int(np.searchsorted(self._ends, whole, side="right"))
         table = self._table(shard)
-        row = index - (int(self._ends[shard - 1]) if shard else 0)
+        row = whole - (int(self._ends[shard - 1]) if shard else 0)
         name, image, mask, labels, height, width = (column[row] for column in table.columns)
         return Sample(
             id=name.as_py(),
@@ -96,16 +106,42 @@ class Split:
     def labels(self) -> np.ndarray:
         """Image-level labels of the whole split, float32 (N, C), without touching an image."""
         flat = _joined([chunk.flatten() for chunk in self._chunks("labels")], np.uint8)
-        return flat.reshape(len(self), self.num_classes).astype(np.float32)
+        return self._mine(flat.reshape(-1, self.num_classes).astype(np.float32))
 
     def ids(self) -> list[str]:
         """Ids of the whole split, in order."""
-        return [name for chunk in self._chunks("id") for name in chunk.to_pylist()]
+        return self._all_ids() if self.subset is None else subset_ids(self.folder, self.subset)
+
+    def masked(self) -> np.ndarray:
+        """Which images have a mask, bool (N,)."""
+        null = [value for chunk in self._chunks("mask") for value in chunk.is_null().to_pylist()]
+        return self._mine(~np.array(null, bool))
 
     def shapes(self) -> np.ndarray:
         """Height and width of every image, int64 (N, 2)."""
         columns = [_joined(self._chunks(key), np.int32) for key in ("height", "width")]
-        return np.stack(columns, axis=1).astype(np.int64)
+        return self._mine(np.stack(columns, axis=1).astype(np.int64))
+
+    def _mine(self, values: np.ndarray) -> np.ndarray:
+        """Of values for every image of the whole split, those of this one's images."""
+        return values if self.subset is None else values[self._places(self.subset)]
+
+    def _places(self, subset: SubsetCard) -> np.ndarray:
+        """Places of the subset's images in the whole split, int64 (N,)."""
+        if self._rows is None:
+            where = {name: row for row, name in enumerate(self._all_ids())}
+            ids = subset_ids(self.folder, subset)
+            missing = [name for name in ids if name not in where]
+            if missing:
+                raise UserError(
+                    f"subset {self.name} of {self.folder} names {len(missing)} images that split {subset.of} does not "
+                    f"have, the first {missing[0]}: copy the dataset again"
+                )
+            self._rows = np.array([where[name] for name in ids], np.int64)
+        return self._rows
+
+    def _all_ids(self) -> list[str]:
+        return [name for chunk in self._chunks("id") for name in chunk.to_pylist()]
 
     def _chunks(self, key: str) -> list[Any]:
         return [chunk for shard in range(len(self._ends)) for chunk in self._table(shard).column(key).chunks]
@@ -147,9 +183,13 @@ class Dataset:
         return len(self.card.classes)
 
     def split(self, name: str) -> Split:
-        """The split `name`. Raises UserError naming the splits there are."""
+        """The split or subset `name`. Raises UserError naming those there are, or for a damaged list of a subset."""
+        if (subset := self.card.subsets.get(name)) is not None:
+            subset_ids(self.folder, subset)  # what is wrong with it should be said now, not by a loader process
+            return Split(self.folder, name, self.card.splits[subset.of], self.classes, subset)
         if name not in self.card.splits:
             there = ", ".join(self.card.splits) or "none"
+            there += f", its subsets {', '.join(self.card.subsets)}" if self.card.subsets else ""
             raise UserError(f"{self.uri} has no split {name!r}: its splits are {there}")
         return Split(self.folder, name, self.card.splits[name], self.classes)
 
@@ -164,6 +204,9 @@ def locate_dataset(uri: str) -> tuple[Path, DatasetCard]:
         with reaching(uri):
             card = read_card(where)
         folder = fetch(uri, {shard.file: shard.sha256 for split in card.splits.values() for shard in split.shards})
+        if where.local is None:
+            for subset in card.subsets.values():
+                _fetch_list(where, folder, subset)
     except NotThere as error:
         copy = cached(uri, having=CARD)
         if copy is None:
@@ -171,8 +214,38 @@ def locate_dataset(uri: str) -> tuple[Path, DatasetCard]:
         say_copy(uri, str(error), copy)
         return copy, read_card(place(copy))
     if where.local is None:
-        write_card(card, place(folder))  # after the shards, as everywhere; the card itself may change without them
+        write_card(card, place(folder))  # after what it names, as everywhere; it may change without the shards
     return folder, card
+
+
+def _fetch_list(remote: Place, folder: Path, subset: SubsetCard) -> None:
+    """Copy the list of a subset beside the shards; not with them, for a subset more does not make other shards."""
+    target = folder / subset.ids_file
+    if target.exists() and hashlib.sha256(target.read_bytes()).hexdigest() == subset.sha256:
+        return
+    origin = remote.child(subset.ids_file)
+    with reaching(origin.uri):
+        data = origin.read()
+    if hashlib.sha256(data).hexdigest() != subset.sha256:
+        raise UserError(f"{origin.uri} does not have the checksum its card says: it is damaged, copy the dataset again")
+    (folder / SUBSETS).mkdir(exist_ok=True)
+    place(target).write(data)
+
+
+def subset_ids(folder: Path, subset: SubsetCard) -> list[str]:
+    """Ids of a subset, in order. Raises UserError when its list is missing, or not the one of its card."""
+    file = folder / subset.ids_file
+    again = "copy the dataset again, or make the subset again"
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"list {file} of a subset cannot be read ({error.strerror}): {again}") from None
+    if hashlib.sha256(data).hexdigest() != subset.sha256:
+        raise UserError(f"list {file} of a subset does not have the checksum of its card: {again}")
+    ids = data.decode().split("\n")[:-1]
+    if len(set(ids)) != subset.images:
+        raise UserError(f"list {file} of a subset does not name the {subset.images} images its card says: {again}")
+    return ids
 
 
 def open_dataset(uri: str) -> Dataset:

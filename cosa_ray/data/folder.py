@@ -100,6 +100,18 @@ def folder_source(uri: str, *, labels: str | None = None, val_fraction: float = 
     )
 
 
+def labels_by_image(uri: str) -> dict[str, tuple[str, ...]]:
+    """Class names by image, the names without their endings, of a label file as `folder_source` takes it.
+
+    Raises UserError when there is no such file, or it is not as described.
+    """
+    file = place(uri)
+    if not file.exists() or file.is_folder():
+        raise UserError(f"there is no label file {uri}: give a CSV or JSON file of image names and classes")
+    entries, _ = _entries(file)
+    return {_stem(entry.image): entry.labels for entry in entries}
+
+
 def _stem(name: str) -> str:
     return name.rpartition(".")[0] if name.lower().endswith(_ENDINGS) else name
 

@@ -37,8 +37,24 @@ class TrainingBatch(NamedTuple):
     position: torch.Tensor
 
 
+class Resize(NamedTuple):
+    """How an image is brought in: `square` size x size, `short_side` = size with the ratio kept, or `own` size."""
+
+    rule: str
+    size: int
+
+    def of(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) in pixels of an image of this size once it is brought in."""
+        if self.rule == "square":
+            return self.size, self.size
+        if self.rule == "own":
+            return height, width
+        scale = self.size / min(height, width)
+        return max(1, round(height * scale)), max(1, round(width * scale))
+
+
 class EvaluationBatch(NamedTuple):
-    """Images resized to uint8 (B, 3, S, S), with labels (B, C) and masks and shapes (H, W) of the original size."""
+    """Images resized to uint8 (B, 3, h, w), with labels (B, C) and masks and shapes (H, W) of the original size."""
 
     index: list[int]  # type: ignore[assignment]  # tuple.index goes unused
     ids: list[str]
@@ -95,18 +111,19 @@ class _TrainingStep:
 class _EvaluationPart:
     """Makes the evaluation batch number i; what a loader process is sent."""
 
-    def __init__(self, split: Split, indices: Sequence[int], size: int, batch_size: int) -> None:
+    def __init__(self, split: Split, indices: Sequence[int], resize: Resize, batch_size: int) -> None:
         self._split = split
         self._indices = [int(index) for index in indices]
-        self._size = size
+        self._resize = resize
         self._batch_size = batch_size
 
     def __call__(self, number: int) -> EvaluationBatch:
         index = self._indices[number * self._batch_size : (number + 1) * self._batch_size]
         samples = [self._split[i] for i in index]
-        images = np.empty((len(samples), 3, self._size, self._size), np.uint8)
+        height, width = self._resize.of(samples[0].height, samples[0].width)
+        images = np.empty((len(samples), 3, height, width), np.uint8)
         for row, sample in enumerate(samples):
-            resized = sample.decode_image().resize((self._size, self._size), Image.Resampling.BILINEAR)
+            resized = sample.decode_image().resize((width, height), Image.Resampling.BILINEAR)
             images[row] = np.asarray(resized).transpose(2, 0, 1)
         return EvaluationBatch(
             index=index,
@@ -145,11 +162,13 @@ def training_batches(
 
 
 def evaluation_batches(
-    split: Split, indices: Sequence[int], *, size: int, batch_size: int, processes: int = 0
+    split: Split, indices: Sequence[int], *, resize: Resize, batch_size: int, processes: int = 0
 ) -> Iterator[EvaluationBatch]:
-    """The samples `indices` of the split, in order, resized to size x size; the last batch may be smaller."""
+    """The samples `indices` of the split, in order; the last batch may be smaller, and one of another rule than square
+    holds one image."""
+    batch_size = batch_size if resize.rule == "square" else 1
     count = -(-len(indices) // batch_size)
-    return _batches(_Made(_EvaluationPart(split, indices, size, batch_size), count), min(processes, count))
+    return _batches(_Made(_EvaluationPart(split, indices, resize, batch_size), count), min(processes, count))
 
 
 def _batches(made: _Made[Batch], processes: int) -> Iterator[Batch]:

@@ -75,11 +75,17 @@ def dataset_inputs(card: DatasetCard, config: Config) -> list[dict[str, Any]]:
     name = uri.rstrip("/").rpartition("/")[2]
     inputs = []
     for split, context in ((config.data.train_split, "train"), (config.data.val_split, "val")):
-        if split not in card.splits:
+        subset = card.subsets.get(split)
+        part = card.splits.get(split if subset is None else subset.of)
+        if part is None:
             continue
-        part = card.splits[split]
-        digest = hashlib.sha256("".join(shard.sha256 for shard in part.shards).encode()).hexdigest()[:16]
-        profile = {"images": part.images, "masks": part.masks, "images_per_class": list(part.images_per_class)}
+        sums = [shard.sha256 for shard in part.shards] + ([] if subset is None else [subset.sha256])
+        digest = hashlib.sha256("".join(sums).encode()).hexdigest()[:16]
+        profile: dict[str, Any] = {"images": part.images, "masks": part.masks}
+        if subset is None:
+            profile["images_per_class"] = list(part.images_per_class)
+        else:
+            profile = {"images": subset.images, "masks": subset.masks, "of": subset.of, "chosen_by": subset.origin}
         source = {"uri": uri if "://" in uri else str(Path(uri).absolute())}
         dataset = {
             "name": f"{name}/{split}",

@@ -72,7 +72,7 @@ def change_card(out, **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 2}, "has dataset format 2, this version reads 1"),
+        ({"version": 3}, "has dataset format 3, this version reads 1 and 2"),
         ({"format": "something"}, "is not the card of a cosa-ray dataset"),
         ({"classes": ["a", "b"]}, "damaged"),
         ({"more": 1}, "damaged .more"),

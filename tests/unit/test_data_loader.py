@@ -11,7 +11,7 @@ from tiny_sets import tiny_dataset
 
 from cosa_ray.config.schema import Views
 from cosa_ray.data.dataset import open_dataset
-from cosa_ray.data.loader import TrainingBatch, evaluation_batches, training_batches
+from cosa_ray.data.loader import Resize, TrainingBatch, evaluation_batches, training_batches
 from cosa_ray.data.order import batch_indices, draw
 from cosa_ray.data.views import two_views
 from cosa_ray.errors import UserError
@@ -116,7 +116,7 @@ def test_impossible_batches_are_refused_up_front(split):
 @pytest.mark.parametrize("processes", [0, 1])
 def test_evaluation_batches_keep_order_and_original_masks(split, processes):
     order = [7, 0, 9, 3, 3]
-    found = list(evaluation_batches(split, order, size=16, batch_size=2, processes=processes))
+    found = list(evaluation_batches(split, order, resize=Resize("square", 16), batch_size=2, processes=processes))
     assert [batch.index for batch in found] == [[7, 0], [9, 3], [3]]
     assert [name for batch in found for name in batch.ids] == [f"train{index}" for index in order]
     for batch in found:
@@ -129,4 +129,4 @@ def test_evaluation_batches_keep_order_and_original_masks(split, processes):
             assert np.array_equal(batch.images[row].permute(1, 2, 0), np.asarray(resized))
             assert np.array_equal(batch.masks[row], sample.decode_mask())
             assert np.array_equal(batch.labels[row], sample.labels)
-    assert list(evaluation_batches(split, [], size=16, batch_size=2, processes=processes)) == []
+    assert list(evaluation_batches(split, [], resize=Resize("square", 16), batch_size=2, processes=processes)) == []
