@@ -25,9 +25,10 @@ import torch
 from cosa_ray.config.load import apply_overrides, load_config
 from cosa_ray.config.schema import Config
 from cosa_ray.data.loader import TrainingBatch
+from cosa_ray.evaluation.inference import autocast_dtype
 from cosa_ray.method import step as method_step
 from cosa_ray.tracking.tracker import NoTracker, Tracker, open_tracker
-from cosa_ray.training.distributed import autocast_dtype, join_workers
+from cosa_ray.training.distributed import join_workers
 from cosa_ray.training.state import TrainState
 
 PARTS = (

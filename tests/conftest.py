@@ -56,36 +56,41 @@ def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(out)
 
 
+def tiny_config(dataset: str, folder: Path, **changes: object) -> Config:
+    """A config of twenty quick steps, co-training from step 8, every step logged; keywords use __ for dots."""
+    settings = {
+        "storage": str(folder / "runs"),
+        "data.dataset": dataset,
+        "tracking.uri": f"sqlite:///{folder}/mlflow.db",
+        "tracking.log_every": 1,
+        "views.crop": 48,
+        "model.backbone_args.embed_dim": 32,
+        "model.backbone_args.depth": 2,
+        "model.backbone_args.num_heads": 2,
+        "model.aux": 0,
+        "model.decoder_width": 16,
+        "training.steps": 20,
+        "training.warmup_iters": 8,
+        "training.batch_size": 4,
+        "training.threads": 1,
+        "training.precision": "fp32",  # auto is bf16 on some CPUs, which no tolerance here allows for
+        "dynamic_threshold.batches": 4,
+        "optimiser.warmup_steps": 2,
+        "evaluation.every": 10,
+        "evaluation.batch_size": 4,
+        "evaluation.panel_images": 2,
+        "checkpoint.every": 5,
+        **{key.replace("__", "."): value for key, value in changes.items()},
+    }
+    return apply_overrides(load_config("shapes"), settings)
+
+
 @pytest.fixture
 def tiny(tiny_dataset: str, tmp_path: Path) -> Callable[..., Config]:
-    """Make a config of twenty quick steps, co-training from step 8, every step logged; keywords use __ for dots."""
+    """Make a `tiny_config` in a folder of the test's own."""
 
     def make(**changes: object) -> Config:
-        settings = {
-            "storage": str(tmp_path / "runs"),
-            "data.dataset": tiny_dataset,
-            "tracking.uri": f"sqlite:///{tmp_path}/mlflow.db",
-            "tracking.log_every": 1,
-            "views.crop": 48,
-            "model.backbone_args.embed_dim": 32,
-            "model.backbone_args.depth": 2,
-            "model.backbone_args.num_heads": 2,
-            "model.aux": 0,
-            "model.decoder_width": 16,
-            "training.steps": 20,
-            "training.warmup_iters": 8,
-            "training.batch_size": 4,
-            "training.threads": 1,
-            "training.precision": "fp32",  # auto is bf16 on some CPUs, which no tolerance here allows for
-            "dynamic_threshold.batches": 4,
-            "optimiser.warmup_steps": 2,
-            "evaluation.every": 10,
-            "evaluation.batch_size": 4,
-            "evaluation.panel_images": 2,
-            "checkpoint.every": 5,
-            **{key.replace("__", "."): value for key, value in changes.items()},
-        }
-        return apply_overrides(load_config("shapes"), settings)
+        return tiny_config(tiny_dataset, tmp_path, **changes)
 
     return make
 
@@ -117,3 +122,14 @@ def history(uri: str, run_id: str, key: str) -> list[tuple[int, float]]:
 
     points = MlflowClient(tracking_uri=uri).get_metric_history(run_id, key)
     return [(point.step, point.value) for point in sorted(points, key=lambda point: (point.step, point.timestamp))]
+
+
+@pytest.fixture(scope="module")
+def trained_run(tiny_dataset: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of twenty steps, tracked in SQLite, for tests of what is done with a run."""
+    from cosa_ray.training.driver import train
+
+    folder = tmp_path_factory.mktemp("trained")
+    result = train(tiny_config(tiny_dataset, folder), name="trained", local=True)
+    assert result.state == "finished"
+    return Path(result.folder)

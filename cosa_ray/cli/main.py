@@ -12,6 +12,9 @@ from cosa_ray import __version__
 from cosa_ray.cli import config, data
 from cosa_ray.cli.demo import demo
 from cosa_ray.cli.evaluate import evaluate
+from cosa_ray.cli.import_release import import_release
+from cosa_ray.cli.predict import predict, pseudo_labels
+from cosa_ray.cli.register import register
 from cosa_ray.cli.submit import submit
 from cosa_ray.cli.train import train
 from cosa_ray.cli.tune import tune
@@ -30,6 +33,10 @@ app.add_typer(data.app, name="data")
 app.command()(train)
 app.command()(tune)
 app.command()(evaluate)
+app.command()(predict)
+app.command()(pseudo_labels)
+app.command()(register)
+app.command()(import_release)
 app.command()(submit)
 app.add_typer(config.app, name="config")
 app.command()(ui)

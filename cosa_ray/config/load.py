@@ -16,6 +16,7 @@ from cosa_ray.errors import UserError
 _PACKAGE = Path(__file__).resolve().parent.parent
 # An installed wheel carries the experiments inside the package; a checkout has them beside it.
 SHIPPED = next((d for d in (_PACKAGE / "_experiments", _PACKAGE.parent / "experiments") if d.is_dir()), _PACKAGE)
+PROTOCOLS = "protocols"  # their folder among the experiments
 
 
 def find_experiment(name: str | Path, relative_to: Path | None = None) -> Path:
@@ -38,7 +39,8 @@ def find_experiment(name: str | Path, relative_to: Path | None = None) -> Path:
 
 def shipped_experiments() -> list[str]:
     """Names of the experiment files that come with the package, relative to their folder."""
-    return sorted(str(path.relative_to(SHIPPED)) for path in SHIPPED.rglob("*.yaml"))
+    files = (path for path in SHIPPED.rglob("*.yaml") if path.parent != SHIPPED / PROTOCOLS)
+    return sorted(str(path.relative_to(SHIPPED)) for path in files)
 
 
 def read_yaml(file: Path) -> dict[str, Any]:

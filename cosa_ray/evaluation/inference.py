@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cosa_ray.config.schema import Config
 from cosa_ray.method.assignment import assign
 from cosa_ray.method.network import Network
 
@@ -44,3 +45,18 @@ def infer(
     with network.register_forward_hook(keep):
         maps = assign(network, images, scales, flip, segment=segment, autocast=autocast)
     return Inference(*maps, torch.cat(passes).mean(0))
+
+
+def autocast_dtype(config: Config, device: torch.device) -> torch.dtype | None:
+    """The dtype of mixed precision, None for fp32. `auto` takes bf16 only where the hardware has it."""
+    wanted = config.training.precision
+    if wanted == "auto":
+        wanted = "bf16" if _has_bf16(device) else "fp32"
+    return torch.bfloat16 if wanted == "bf16" else None
+
+
+def _has_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    checks = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    return any(check() for check in checks if check is not None)

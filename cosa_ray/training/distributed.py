@@ -116,21 +116,6 @@ def torch_settings(config: Config, cpus: float | None, device: torch.device) -> 
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
 
 
-def autocast_dtype(config: Config, device: torch.device) -> torch.dtype | None:
-    """The dtype of mixed precision, None for fp32. `auto` takes bf16 only where the hardware has it."""
-    wanted = config.training.precision
-    if wanted == "auto":
-        wanted = "bf16" if _has_bf16(device) else "fp32"
-    return torch.bfloat16 if wanted == "bf16" else None
-
-
-def _has_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    checks = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
-    return any(check() for check in checks if check is not None)
-
-
 class Agreed(NamedTuple):
     """What holds for all workers after a step: the terms that were not finite, and whether one wishes to stop."""
 

@@ -114,7 +114,6 @@ def preflight(config: Config, *, initialise: bool = True) -> None:
     import torch
 
     from cosa_ray.data.dataset import open_dataset
-    from cosa_ray.method.losses import DENSE_ENERGY_READY
     from cosa_ray.training.state import TrainState
 
     dataset = open_dataset(config.data.dataset)
@@ -131,11 +130,6 @@ def preflight(config: Config, *, initialise: bool = True) -> None:
         source = find_run(config.init_from, config.storage)
         with source.folder.local_copy(source.best().name) as folder:
             state.start_from(folder)
-    if config.losses.dense_energy > 0 and not DENSE_ENERGY_READY:
-        log.warning(
-            "notice: losses.dense_energy is %g, but the dense energy is not built yet; this runs with 0",
-            config.losses.dense_energy,
-        )
 
 
 def prepare(

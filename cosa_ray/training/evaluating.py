@@ -1,90 +1,272 @@
-"""Evaluate a checkpoint of a run outside the run."""
+"""Evaluate a checkpoint of a run outside the run: in this process, or on the workers of a Ray cluster."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import torch
+
 from cosa_ray.config.load import apply_overrides
-from cosa_ray.data.dataset import open_dataset
-from cosa_ray.errors import UserError
-from cosa_ray.evaluation.evaluate import evaluate
-from cosa_ray.training.distributed import autocast_dtype, join_workers
-from cosa_ray.training.runs import find_run
-from cosa_ray.training.state import Description, TrainState
+from cosa_ray.config.protocol import Protocol, in_run_protocol, load_protocol
+from cosa_ray.config.schema import Config
+from cosa_ray.data.dataset import Split, open_dataset
+from cosa_ray.errors import RunFailed, UserError
+from cosa_ray.evaluation.crf import refine_here, refine_on_ray, require_crf
+from cosa_ray.evaluation.evaluate import check_masks, evaluation_order, main_thresholds, protocol_prefix
+from cosa_ray.evaluation.inference import autocast_dtype
+from cosa_ray.evaluation.panels import Tile
+from cosa_ray.evaluation.report import SHOWN, Findings, Report, summarise, write_report
+from cosa_ray.evaluation.scorer import RunCrf, Scorer
+from cosa_ray.evaluation.tally import Tally
+from cosa_ray.evaluation.trained import Description, load_trained
+from cosa_ray.training.distributed import join_workers, torch_settings
+from cosa_ray.training.models import choose_checkpoint
+from cosa_ray.training.ray_train import cpus_per_worker, needs_ray, ray_cluster
+from cosa_ray.training.runs import Run, find_run
+from cosa_ray.training.storage import CheckpointEntry, RunFolder
+
+EVALUATIONS = "evaluations"
+_CHUNK = 256  # images of one task at most: a progress bar that moves, and little to do again after a failure
 
 
 @dataclass(frozen=True)
-class RunEvaluation:
-    """Metrics by their tracked names, and what they were measured on."""
+class _Task:
+    """What is evaluated: everything a worker needs to do a part of it."""
 
-    name: str
-    checkpoint: str
-    step: int
+    source: str
     dataset: str
     split: str
-    metrics: dict[str, float]
-
-    def as_json(self) -> dict[str, Any]:
-        """A JSON-ready mapping."""
-        return asdict(self)
+    protocol: Protocol
+    config: Config
+    cpus: float | None = None
 
 
 def evaluate_run(
     run: str,
     *,
+    protocol: str | None = None,
     dataset: str | None = None,
     split: str | None = None,
     which: str = "best",
     storage: str = "runs",
-) -> RunEvaluation:
-    """Evaluate both networks of a run's `best` or `last` checkpoint on the whole split, by the run's scales and flip.
+    workers: int | None = None,
+    local: bool = False,
+    track: bool = True,
+    show: Callable[[int, int], None] | None = None,
+) -> Report:
+    """Evaluate both networks of a run's `best` or `last` checkpoint under a protocol; the function of the verb.
 
-    `run` is a name, folder or MLflow run id. Raises UserError when something does not fit.
+    The run may still be training: its newest registered checkpoints are read. The report is written into the run's
+    folder and logged to its MLflow run.
+
+    run: name, folder or MLflow run id. protocol: name of a shipped one or a YAML file; None is the run's own, over the
+    whole split. workers: processes on Ray; None is the run's own number. local: in this process, without Ray. show is
+    told how many images are done, and of how many. Raises UserError when something does not fit.
     """
-    if which not in ("best", "last"):
-        raise UserError(f"--checkpoint {which}: choose best or last.")
     found = find_run(run, storage)
-    best = found.best()
-    entry = best if which == "best" else found.checkpoints.latest() or best
-    config = apply_overrides(
-        found.config(),
-        {
-            "evaluation.subset": None,
-            **({"data.dataset": dataset} if dataset else {}),
-            **({"data.val_split": split} if split else {}),
-        },
-        run,
-    )
-    opened = open_dataset(config.data.dataset)
-    target = opened.split(config.data.val_split)
-    if not target.has_masks:
-        raise UserError(f"split {config.data.val_split} of {config.data.dataset} has no masks to evaluate on.")
-    workers = join_workers()
+    entry, task = _prepare(found, protocol, dataset, split, which, workers)
+    opened = open_dataset(task.dataset)
+    target = opened.split(task.split)
+    order, _ = evaluation_order(len(target), task.protocol.subset, 0, 1)
     with found.folder.local_copy(entry.name) as folder:
-        description = Description.read(folder)
-        if list(opened.classes) != description.classes:
-            raise UserError(
-                f"{config.data.dataset} has the classes {', '.join(opened.classes)}, but run {found.record.name} was "
-                f"trained on {', '.join(description.classes)}; choose a dataset of the same classes."
+        thresholds = main_thresholds(Description.read(folder).thresholds)
+    segment = entry.step > task.config.training.warmup_iters
+    ids = target.ids()
+
+    def findings(tally: Tally) -> Findings:
+        named = {index: ids[index] for index in order}
+        return Findings(tally, opened.classes, opened.card.palette, thresholds, segment, named)
+
+    on_ray = not local and (task.protocol.crf is not None or needs_ray(task.config))
+    with _workers_on_ray(task) if on_ray else _worker_here(task) as (count, draw):
+        tally = None
+        for part in count(_chunks(order, task)):
+            if tally is None:
+                tally = part
+            else:
+                tally.merge(part)
+            if show is not None:
+                show(int(tally.images.item()), len(order))
+        if tally is None:
+            raise UserError(f"split {task.split} of {task.dataset} is empty; evaluate on another.")
+        result = findings(tally)
+        ranking = [index for index, _ in result.ranking()]
+        tiles = draw(sorted({*ranking[:SHOWN], *ranking[-SHOWN:]}))
+    report = summarise(
+        result,
+        task.protocol,
+        protocol_prefix(task.protocol, target.name, len(target)),
+        name=found.record.name,
+        checkpoint=entry.name,
+        step=entry.step,
+        dataset=task.dataset,
+        split=target.name,
+    )
+    return _keep(found, task.config, report, result, tiles, track)
+
+
+def _prepare(
+    found: Run, protocol: str | None, dataset: str | None, split: str | None, which: str, workers: int | None
+) -> tuple[CheckpointEntry, _Task]:
+    """Find every mistake before anything starts."""
+    entry = choose_checkpoint(found, which)
+    config = found.config()
+    chosen = load_protocol(protocol) if protocol else in_run_protocol(config).model_copy(update={"subset": None})
+    if chosen.crf is not None:
+        require_crf(f"protocol {chosen.name}")
+    name = split or chosen.split or config.data.val_split
+    changes: dict[str, Any] = {"data.val_split": name}
+    if dataset:
+        changes["data.dataset"] = dataset if "://" in dataset or "::" in dataset else str(Path(dataset).absolute())
+    if workers:
+        changes |= {"workers": workers, "training.batch_size": max(workers, config.training.batch_size)}
+        changes["training.accumulate"] = 1
+    config = apply_overrides(config, changes, found.record.name)
+    opened = open_dataset(config.data.dataset)
+    check_masks(opened.split(name))
+    with found.folder.local_copy(entry.name) as folder:
+        trained_on = Description.read(folder).classes
+    if list(opened.classes) != trained_on:
+        raise UserError(
+            f"{config.data.dataset} has the classes {', '.join(opened.classes)}, but run {found.record.name} was "
+            f"trained on {', '.join(trained_on)}; choose a dataset of the same classes."
+        )
+    return entry, _Task(f"{found.folder.uri}/{entry.name}", config.data.dataset, name, chosen, config)
+
+
+class _Part:
+    """Evaluates parts of a task in one process; on Ray, an actor."""
+
+    def __init__(self, task: _Task, device: torch.device) -> None:
+        config = task.config
+        self.task, self.device = task, device
+        self.split: Split = open_dataset(task.dataset).split(task.split)
+        side = task.protocol.size or config.views.crop
+        sides = [side * scale for scale in task.protocol.scales] if task.protocol.resize == "square" else []
+        with RunFolder(task.source).local_copy("") as folder:
+            trained = load_trained(folder, device, sides)
+        self.scorer = Scorer(
+            trained.online,
+            trained.assignment,
+            task.protocol,
+            config,
+            thresholds=trained.description.thresholds,
+            segment=trained.segments,
+            device=device,
+            autocast=autocast_dtype(config, device),
+        )
+
+    def count(self, indices: Sequence[int], places: Sequence[int], run_crf: RunCrf | None = None) -> Tally:
+        """The counts of some images, on the CPU; the CRF runs as Ray tasks unless told otherwise."""
+        crf = self.task.protocol.crf
+        if crf is not None and run_crf is None:
+            run_crf = refine_on_ray(crf)
+        with torch_settings(self.task.config, self.task.cpus, self.device):
+            tally = self.scorer.tally(per_image=True)
+            jobs = self.scorer.count(tally, self.split, indices, places)
+            for refined in run_crf(jobs) if run_crf else ():
+                tally.add_matrix(refined.name, refined.image, torch.from_numpy(refined.matrix).to(self.device))
+            for _ in jobs:
+                raise AssertionError("a protocol without CRF has nothing to refine")
+            return tally.on_cpu()
+
+    def tiles(self, indices: Sequence[int]) -> dict[int, Tile]:
+        """What a panel shows of some images."""
+        tiles: dict[int, Tile] = {}
+        scratch = self.scorer.tally(per_image=False)
+        with torch_settings(self.task.config, self.task.cpus, self.device):
+            for _ in self.scorer.count(scratch, self.split, indices, indices, tiles=tiles, wanted=indices):
+                pass  # nothing is refined for a picture
+        return tiles
+
+
+_Chunk = tuple[list[int], list[int]]
+_Workers = tuple[Callable[[list[_Chunk]], Iterator[Tally]], Callable[[list[int]], dict[int, Tile]]]
+
+
+def _chunks(order: Sequence[int], task: _Task) -> list[_Chunk]:
+    """(indices, places) of the parts that are handed out: sixteen a worker, or more of at most `_CHUNK` images."""
+    even = -(-len(order) // (16 * task.config.workers))
+    size = max(task.protocol.batch_size, min(_CHUNK, even))
+    places = list(range(len(order)))
+    return [(list(order[start : start + size]), places[start : start + size]) for start in places[::size]]
+
+
+@contextlib.contextmanager
+def _worker_here(task: _Task) -> Iterator[_Workers]:
+    """The evaluation in this process."""
+    part = _Part(task, join_workers().device)
+    run_crf = refine_here(task.protocol.crf) if task.protocol.crf else None
+    yield (lambda chunks: (part.count(*chunk, run_crf) for chunk in chunks)), part.tiles
+
+
+@contextlib.contextmanager
+def _workers_on_ray(task: _Task) -> Iterator[_Workers]:
+    """The evaluation on Ray actors, which Ray restarts, their part with them, when one dies."""
+    import ray
+    from ray.util import ActorPool
+
+    config = task.config
+    with ray_cluster():
+        cluster = ray.cluster_resources()
+        if task.protocol.crf is not None:
+            cluster["CPU"] = cluster.get("CPU", 0.0) - 1  # the CRF's tasks would wait for ever behind the workers
+            if cluster["CPU"] < 0.1:
+                raise UserError("the CRF's tasks need a CPU beside the workers', and the cluster has one; add --local.")
+        task = replace(task, cpus=cpus_per_worker(config, cluster))
+        gpus = config.resources.gpus_per_worker
+        actor: Any = ray.remote(
+            num_cpus=task.cpus,
+            num_gpus=gpus,
+            max_restarts=config.resources.max_failures,
+            max_task_retries=config.resources.max_failures,
+        )(_Part)
+        # Ray shows a worker the GPUs it was given and no others.
+        device = torch.device("cuda" if gpus else "cpu")
+        handles = [actor.remote(task, device) for _ in range(config.workers)]
+        pool = ActorPool(handles)
+
+        def count(chunks: list[_Chunk]) -> Iterator[Tally]:
+            yield from pool.map_unordered(lambda each, chunk: each.count.remote(*chunk), chunks)
+
+        try:
+            yield count, lambda indices: ray.get(handles[0].tiles.remote(indices))
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, UserError):
+                raise UserError(str(error.cause)) from None
+            raise RunFailed(f"a worker failed: {type(error.cause).__name__}: {error.cause}") from error
+        except ray.exceptions.RayError as error:
+            raise RunFailed(f"the workers of the evaluation are gone: {str(error).splitlines()[0]}") from error
+        finally:
+            for handle in handles:
+                ray.kill(handle)
+
+
+def _keep(
+    found: Run, config: Config, report: Report, findings: Findings, tiles: dict[int, Tile], track: bool
+) -> Report:
+    """Write the report into the run's folder, and to its MLflow run."""
+    place = f"{EVALUATIONS}/{report.prefix.replace('/', '.')}/step_{report.step:08d}"
+    report = replace(report, folder=f"{found.folder.uri}/{place}")
+    with tempfile.TemporaryDirectory(prefix="cosa-ray-evaluation-") as temporary:
+        write_report(Path(temporary), report, findings, tiles)
+        found.folder.put(Path(temporary), place)
+        if track and found.record.tracking_uri is not None:
+            from cosa_ray.tracking.evaluations import log_evaluation
+            from cosa_ray.tracking.store import Store, tracking_uri
+
+            log_evaluation(
+                Store(tracking_uri(config), config.tracking.experiment),
+                found.record.name,
+                found.folder.uri,
+                metrics=report.metrics,
+                step=report.step,
+                artifacts=Path(temporary),
+                place=place,
             )
-        state = TrainState(config, opened.num_classes, workers.device, initialise=False)
-        state.load_networks(folder)
-    result = evaluate(
-        state.online,
-        state.assignment,
-        target,
-        config,
-        classes=opened.classes,
-        palette=opened.card.palette,
-        thresholds=description.thresholds,
-        segment=entry.step > config.training.warmup_iters,
-        rank=workers.rank,
-        world=workers.world,
-        sum_over_workers=workers.sum,
-        device=workers.device,
-        autocast=autocast_dtype(config, workers.device),
-    )
-    return RunEvaluation(
-        found.record.name, entry.name, entry.step, config.data.dataset, config.data.val_split, result.metrics
-    )
+    return report

@@ -18,12 +18,14 @@ from cosa_ray.config.schema import Config
 from cosa_ray.data.dataset import open_dataset
 from cosa_ray.data.loader import TrainingBatch, training_batches
 from cosa_ray.evaluation.evaluate import best_metric, evaluate, metric_prefix
+from cosa_ray.evaluation.inference import autocast_dtype
+from cosa_ray.evaluation.trained import Description
 from cosa_ray.method.schedule import phase
 from cosa_ray.method.step import MicroBatch, StepOutput, classification_step, cotraining_step, fill_step
 from cosa_ray.tracking.tracker import Tracking, open_tracker
-from cosa_ray.training.distributed import Agreed, StepStatus, Workers, autocast_dtype, join_workers, torch_settings
+from cosa_ray.training.distributed import Agreed, StepStatus, Workers, join_workers, torch_settings
 from cosa_ray.training.session import Progress, Session
-from cosa_ray.training.state import Description, TrainState
+from cosa_ray.training.state import TrainState
 from cosa_ray.training.storage import CheckpointEntry, CheckpointStore, RunFolder
 
 log = logging.getLogger(__name__)

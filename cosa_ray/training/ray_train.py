@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -49,6 +50,13 @@ def ray_cluster() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def needs_ray(config: Config) -> bool:
+    """True when a job of this config cannot be done in this process: several workers, GPUs, or a cluster to go to."""
+    attached = "ray" in sys.modules and sys.modules["ray"].is_initialized()
+    asked = config.workers > 1 or config.resources.gpus_per_worker > 0
+    return asked or attached or bool(os.environ.get("RAY_ADDRESS"))
 
 
 def fit(job: Job, monitor: Any, callbacks: Sequence[Any] = ()) -> Outcome:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +13,15 @@ from torch import Tensor
 
 from cosa_ray.config.load import dump_config
 from cosa_ray.config.schema import Config
-from cosa_ray.data.card import DatasetCard
+from cosa_ray.data.card import CARD, DatasetCard
 from cosa_ray.data.remote import fetch
 from cosa_ray.errors import UserError
+from cosa_ray.evaluation.trained import ASSIGNMENT, CONFIG, ONLINE, Description, read_weights
 from cosa_ray.method.ema import ema_update
-from cosa_ray.method.network import Network, build_network
+from cosa_ray.method.network import build_network
 from cosa_ray.method.schedule import learning_rate
 from cosa_ray.method.threshold import DynamicThresholds
 from cosa_ray.training.storage import FULL_STATE
-
-ONLINE, ASSIGNMENT = "online.safetensors", "assignment.safetensors"
-DESCRIPTION, CONFIG = "checkpoint.json", "config.yaml"
 
 
 def backbone_weights(config: Config) -> dict[str, Tensor] | None:
@@ -49,38 +45,6 @@ def backbone_weights(config: Config) -> dict[str, Tensor] | None:
     if not isinstance(nested, dict) or not all(isinstance(value, Tensor) for value in nested.values()):
         raise UserError(f"model.checkpoint {config.model.checkpoint}: holds no state dict; convert it to safetensors.")
     return nested
-
-
-def read_weights(folder: Path, network: Network, file: str) -> None:
-    """Load one network's weights from a checkpoint folder; UserError lists what does not fit."""
-    state, own = load_file(folder / file), network.state_dict()
-    wrong = sorted(own.keys() ^ state.keys()) + [
-        key for key in own if key in state and own[key].shape != state[key].shape
-    ]
-    if wrong:
-        raise UserError(
-            f"{folder / file}: does not fit the network of this config ({len(wrong)} tensors missing, unexpected or of "
-            f"another shape: {', '.join(wrong[:3])}...); use the model and classes the checkpoint was trained with."
-        )
-    network.load_state_dict(state)
-
-
-@dataclass
-class Description:
-    """What a checkpoint says of itself, readable without loading a tensor."""
-
-    run: str
-    step: int
-    classes: list[str]
-    metrics: dict[str, float]
-    better_network: str
-    worker_seconds: float
-    thresholds: dict[str, float]
-
-    @classmethod
-    def read(cls, folder: Path) -> Description:
-        """Read a checkpoint folder's description."""
-        return cls(**json.loads((folder / DESCRIPTION).read_text(encoding="utf-8")))
 
 
 class TrainState:
@@ -157,8 +121,8 @@ class TrainState:
             folder / FULL_STATE,
         )
         (folder / CONFIG).write_text(dump_config(self.config), encoding="utf-8")
-        (folder / "dataset.json").write_text(card.model_dump_json(), encoding="utf-8")
-        (folder / DESCRIPTION).write_text(json.dumps(description.__dict__, indent=1), encoding="utf-8")
+        (folder / CARD).write_text(card.model_dump_json(), encoding="utf-8")
+        description.write(folder)
 
     def load(self, folder: Path) -> None:
         """Restore everything from a checkpoint folder. Raises UserError when it holds weights only."""

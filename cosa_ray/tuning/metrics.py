@@ -9,28 +9,32 @@ from cosa_ray.config.load import apply_overrides
 from cosa_ray.config.schema import Config
 from cosa_ray.data.dataset import open_dataset
 from cosa_ray.errors import UserError
-from cosa_ray.evaluation.evaluate import best_metric, metric_prefix, tracked_names
+from cosa_ray.evaluation.evaluate import best_metric, metric_prefix
+from cosa_ray.evaluation.tally import tracked_names
 from cosa_ray.tuning.space import points
 from cosa_ray.tuning.sweepfile import Sweep
 
 _CAMS = (
     "cam_miou_best",
     "cam_best_threshold",
+    "cam_miou_held_out",
     "cam_aux_miou_best",
     "cam_aux_best_threshold",
+    "cam_aux_miou_held_out",
     "pseudo_miou",
     "pseudo_coverage",
     "map",
     "images",
 )
-_SEGMENTATION = ("miou", "miou_online", "miou_labels_given", "pixel_accuracy")
+_SEGMENTATION = ("miou", "miou_online", "miou_labels_given", "miou_online_labels_given", "pixel_accuracy")
 # Settings that a metric's name, or whether there is one, depends on.
 _NAMING = ("evaluation.subset", "evaluation.cam_threshold", "data.val_split", "training.steps", "training.warmup_iters")
 
 
 def reported(config: Config, classes: Sequence[str], images: int) -> list[str]:
     """Names of the metrics that a run of this config reports; `images` is the size of its validation split."""
-    names = [*_CAMS, f"cam_miou_at_{config.evaluation.cam_threshold:g}"]
+    fixed = f"miou_at_{config.evaluation.cam_threshold:g}"
+    names = [*_CAMS, f"cam_{fixed}", f"cam_aux_{fixed}"]
     if config.training.warmup_iters < config.training.steps:
         names = [*_SEGMENTATION, *names, *(f"iou/{name}" for name in tracked_names(("background", *classes)))]
     prefix = metric_prefix(config, images)

@@ -1,0 +1,262 @@
+"""Running both networks over images by a protocol, and counting what they make of them."""
+
+from __future__ import annotations
+
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cosa_ray.config.protocol import NetworkName, Protocol
+from cosa_ray.config.schema import Config
+from cosa_ray.data.dataset import Split
+from cosa_ray.data.loader import EvaluationBatch, Resize, evaluation_batches
+from cosa_ray.evaluation.confusion import IGNORE
+from cosa_ray.evaluation.inference import Inference, infer
+from cosa_ray.evaluation.panels import Tile
+from cosa_ray.evaluation.tally import IGNORED, Tally
+from cosa_ray.method.assignment import valid_cam
+from cosa_ray.method.network import Network
+from cosa_ray.method.pseudo_labels import ABSENT, two_threshold_labels
+
+
+class Variant(NamedTuple):
+    """A segmentation that is scored: which network's, with or without the image's labels, before or after the CRF."""
+
+    network: NetworkName
+    given: bool = False
+    crf: bool = False
+
+    @property
+    def name(self) -> str:
+        """Its metric's name: miou, then _online, _labels_given and _crf where they apply."""
+        online = "_online" if self.network == "online" else ""
+        return f"miou{online}{'_labels_given' if self.given else ''}{'_crf' if self.crf else ''}"
+
+
+class CrfJob(NamedTuple):
+    """A prediction to be refined: probabilities float32 (K, H, W), the encoded picture, the mask uint8 (H, W)."""
+
+    name: str
+    image: int
+    probabilities: np.ndarray
+    picture: bytes
+    truth: np.ndarray
+
+
+class Refined(NamedTuple):
+    """A refined prediction's confusion matrix int64 (K, K), and whose it is."""
+
+    name: str
+    image: int
+    matrix: np.ndarray
+
+
+RunCrf = Callable[[Iterable[CrfJob]], Iterator[Refined]]
+
+
+class _Seen(NamedTuple):
+    """What was found on one image, at its own size, on the device."""
+
+    segmentation: Tensor | None
+    confidence: Tensor
+    pseudo: Tensor
+
+
+class Scorer:
+    """Runs both networks over images by a protocol and counts what they make of them."""
+
+    def __init__(
+        self,
+        online: Network,
+        assignment: Network,
+        protocol: Protocol,
+        config: Config,
+        *,
+        thresholds: Mapping[str, float],
+        segment: bool = True,
+        device: torch.device | str = "cpu",
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        """See `evaluate`; of `config`, crop, pseudo-label policy and loader processes matter."""
+        self.networks: dict[NetworkName, Network] = {"assignment": assignment, "online": online}
+        self.protocol, self.config, self.thresholds = protocol, config, thresholds
+        self.segment, self.device, self.autocast = segment, torch.device(device), autocast
+        self.variants = [Variant(n, use == "given") for n in protocol.networks for use in protocol.labels]
+        crf = protocol.crf if segment else None
+        self.refined = [Variant(n, use == "given", True) for n in crf.networks for use in crf.labels] if crf else []
+        self.fixed = f"cam_miou_at_{protocol.cam_threshold:g}"
+        self.fixed_aux = f"cam_aux_miou_at_{protocol.cam_threshold:g}"
+        self.two = config.pseudo_labels.policy == "two_threshold"
+
+    def tally(self, *, per_image: bool) -> Tally:
+        """An empty tally of what this scorer counts."""
+        names = [variant.name for variant in (*self.variants, *self.refined)]
+        classes = self.networks["assignment"].num_classes
+        names += [self.fixed, self.fixed_aux, "pseudo_miou"]
+        return Tally(classes, names, device=self.device, per_image=per_image)
+
+    @torch.no_grad()
+    def count(
+        self,
+        tally: Tally,
+        split: Split,
+        indices: Sequence[int],
+        places: Sequence[int],
+        *,
+        tiles: dict[int, Tile] | None = None,
+        wanted: Sequence[int] = (),
+    ) -> Iterator[CrfJob]:
+        """Count the images `indices` of a split into `tally`; yields what the protocol's CRF is to refine, if any.
+
+        places: of the images in the whole evaluation's order. tiles: receives those of the images `wanted`. A refined
+        prediction is counted by the caller (`Tally.add_matrix`).
+        """
+        batches = evaluation_batches(
+            split,
+            indices,
+            resize=Resize(self.protocol.resize, self.protocol.size or self.config.views.crop),
+            batch_size=self.protocol.batch_size,
+            processes=self.config.data.loader_processes,
+        )
+        done = 0
+        for batch in batches:
+            images = self.networks["assignment"].normalise(batch.images.to(self.device, non_blocking=True))
+            segmented = self.protocol.networks if self.segment else ()
+            maps = self._run("assignment", images, segment="assignment" in segmented)
+            logits = {"assignment": maps.seg} if "assignment" in segmented else {}
+            if "online" in segmented:
+                logits["online"] = self._run("online", images, segment=True).seg
+            scored = torch.stack([maps.cls.cpu(), batch.labels.to(maps.cls.dtype)], 1)
+            tally.class_scores |= dict(zip(places[done : done + len(scored)], scored, strict=True))
+            done += len(scored)
+            for position, seen, jobs in self._own_size(tally, batch, maps, logits):
+                if tiles is not None and batch.index[position] in wanted:
+                    tiles[batch.index[position]] = _tile(batch, position, seen)
+                for job in jobs:
+                    yield job._replace(picture=split[batch.index[position]].image)
+
+    def _run(self, name: NetworkName, images: Tensor, *, segment: bool) -> Inference:
+        return infer(
+            self.networks[name],
+            images,
+            self.protocol.scales,
+            self.protocol.flip,
+            segment=segment,
+            autocast=self.autocast,
+        )
+
+    def _own_size(
+        self, tally: Tally, batch: EvaluationBatch, maps: Inference, logits: Mapping[str, Tensor | None]
+    ) -> Iterator[tuple[int, _Seen, list[CrfJob]]]:
+        """Count a batch at each image's own size: (position in the batch, what was found, CRF jobs) per image."""
+        labels = batch.labels.to(self.device)
+        cam, cam_aux = valid_cam(maps.cam, labels), valid_cam(maps.cam_aux, labels)
+        for where, masks in _by_shape(batch.masks).items():
+            rows = torch.tensor(where, device=self.device)
+            truth = torch.from_numpy(np.stack(masks)).to(self.device)
+            size = (truth.shape[1], truth.shape[2])
+
+            def own(whole: Tensor, rows: Tensor = rows, size: tuple[int, int] = size) -> Tensor:
+                part = whole if len(rows) == len(whole) else whole[rows]
+                if part.shape[-2:] == size:
+                    return part
+                return F.interpolate(part, size=size, mode="bilinear", align_corners=False)
+
+            indices = [batch.index[position] for position in where]
+            jobs: dict[int, list[CrfJob]] = defaultdict(list)
+            plain: Tensor | None = None
+            for network, seg in logits.items():
+                assert seg is not None
+                whole = own(seg)
+                for variant in self.variants:
+                    if variant.network != network:
+                        continue
+                    shown = whole.masked_fill(absent(labels[rows]), ABSENT) if variant.given else whole
+                    found = shown.max(1).indices  # on the CPU several times faster than argmax
+                    tally.add_prediction(variant.name, indices, truth, found)
+                    plain = found if plain is None else plain
+                    refined = variant._replace(crf=True)
+                    if refined in self.refined:
+                        for row, index in enumerate(indices):
+                            shares = shown[row].softmax(0).cpu().numpy()
+                            jobs[row].append(CrfJob(refined.name, index, shares, b"", truth[row].cpu().numpy()))
+            confidence, pseudo = self._cams(tally, indices, batch, where, truth, own(cam), own(cam_aux), labels[rows])
+            tally.images += len(where)
+            for row, position in enumerate(where):
+                seen = _Seen(None if plain is None else plain[row], confidence[row], pseudo[row])
+                yield position, seen, jobs[row]
+
+    def _cams(
+        self,
+        tally: Tally,
+        indices: Sequence[int],
+        batch: EvaluationBatch,
+        where: Sequence[int],
+        truth: Tensor,
+        cam: Tensor,
+        cam_aux: Tensor,
+        labels: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        confidence, strongest = cam.max(1)
+        bins = tally.main.bins(confidence)
+        half = torch.tensor([half_of(batch.ids[position]) for position in where], device=self.device)
+        tally.main.add(truth, strongest, bins, half)
+        confidence_aux, strongest_aux = cam_aux.max(1)
+        for name, value, label in (
+            (self.fixed, confidence, strongest),
+            (self.fixed_aux, confidence_aux, strongest_aux),
+        ):
+            cut = torch.where(value >= self.protocol.cam_threshold, label + 1, 0)
+            tally.add_prediction(name, indices, truth, cut)
+        tally.aux.add(truth, strongest_aux, tally.aux.bins(confidence_aux), half)
+        if self.two:
+            inside = torch.ones_like(truth, dtype=torch.bool)
+            pseudo = two_threshold_labels(cam, labels, inside, self.thresholds["high"], self.thresholds["low"])
+        else:
+            pseudo = torch.where(confidence >= self.thresholds["background"], strongest + 1, 0)
+        tally.add_prediction("pseudo_miou", indices, truth, pseudo)
+        outcome = torch.where(pseudo == IGNORE, IGNORED, (pseudo == truth).long())
+        index = torch.where(truth == IGNORE, tally.outcomes.numel(), bins * 3 + outcome).flatten()
+        tally.outcomes += torch.bincount(index, minlength=tally.outcomes.numel() + 1)[:-1].view_as(tally.outcomes)
+        return confidence, pseudo
+
+
+def absent(labels: Tensor) -> Tensor:
+    """Labels (B, C) -> bool (B, C+1, 1, 1): True for the classes an image does not have, never for the background."""
+    return F.pad(labels == 0, (1, 0))[:, :, None, None]
+
+
+def half_of(name: str) -> int:
+    """0 or 1: the half of the images that one belongs to, by its id, so that every run and subset divides alike."""
+    return zlib.crc32(name.encode()) & 1
+
+
+def _by_shape(masks: Sequence[np.ndarray | None]) -> dict[tuple[int, ...], list[np.ndarray]]:
+    """Masks of one shape together, by their positions."""
+    groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for position, mask in enumerate(masks):
+        assert mask is not None  # the split has masks
+        groups[mask.shape].append(position)
+    return {tuple(where): [m for p in where if (m := masks[p]) is not None] for where in groups.values()}
+
+
+def _tile(batch: EvaluationBatch, where: int, seen: _Seen) -> Tile:
+    from PIL import Image
+
+    truth = batch.masks[where]
+    assert truth is not None
+    pixels = Image.fromarray(batch.images[where].permute(1, 2, 0).numpy())
+    return Tile(
+        name=batch.ids[where],
+        image=np.asarray(pixels.resize((truth.shape[1], truth.shape[0]), Image.Resampling.BILINEAR)),
+        truth=truth,
+        segmentation=None if seen.segmentation is None else seen.segmentation.cpu().numpy(),
+        cam=seen.confidence.cpu().numpy(),
+        pseudo=seen.pseudo.cpu().numpy(),
+    )

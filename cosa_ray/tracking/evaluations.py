@@ -1,0 +1,45 @@
+"""Evaluations made after the fact, logged to the run they are of."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from cosa_ray.tracking.store import Store, find_run
+
+log = logging.getLogger(__name__)
+_METRICS_A_REQUEST = 500
+
+
+def log_evaluation(
+    store: Store, run: str, folder: str, *, metrics: Mapping[str, float], step: int, artifacts: Path, place: str
+) -> str | None:
+    """Log metrics at a step, and a local folder's files under `place`, to an MLflow run; returns its id.
+
+    run, folder: the run's name and folder, by which it is found. The same evaluation logged again adds no second
+    point. None, with a warning, when MLflow does not have the run or does not answer: the evaluation stays in the run's
+    folder.
+    """
+    from mlflow.entities import Metric
+
+    try:
+        client = store.client()
+        run_id = find_run(client, store.experiment_id(client), run, folder)
+        if run_id is None:
+            log.warning("MLflow at %s has no run %s; its evaluation is not logged there", store.shown, run)
+            return None
+        now = time.time_ns() // 1_000_000
+        new = [
+            Metric(key, value, now, step)
+            for key, value in metrics.items()
+            if not any((point.step, point.value) == (step, value) for point in client.get_metric_history(run_id, key))
+        ]
+        for start in range(0, len(new), _METRICS_A_REQUEST):
+            client.log_batch(run_id, metrics=new[start : start + _METRICS_A_REQUEST])
+        client.log_artifacts(run_id, str(artifacts), place)
+        return run_id
+    except Exception as error:
+        log.warning("the evaluation of run %s is not in MLflow at %s: %s", run, store.shown, store.said(error))
+        return None

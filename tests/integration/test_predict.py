@@ -1,0 +1,351 @@
+"""What is done with a finished run: evaluation under protocols, prediction, pseudo-labels, registry."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cosa_ray.data.dataset import open_dataset
+from cosa_ray.errors import RunFailed, UserError
+from cosa_ray.evaluation.report import read_per_image
+from cosa_ray.evaluation.trained import load_trained
+from cosa_ray.training.evaluating import evaluate_run
+from cosa_ray.training.models import find_model, register_run
+from cosa_ray.training.predicting import predict
+from cosa_ray.training.runs import find_run
+from tests.conftest import ROOT, history
+from tests.unit.tiny_sets import photo
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A folder of pictures of several sizes and kinds, one in a folder below, one broken, one empty."""
+    folder = tmp_path / "pictures"
+    (folder / "below").mkdir(parents=True)
+    (folder / "a.jpg").write_bytes(photo(60, 40, seed=1))
+    (folder / "b.png").write_bytes(photo(31, 47, seed=2, kind="PNG", mode="L"))
+    (folder / "below" / "c.webp").write_bytes(photo(48, 48, seed=3, kind="WEBP"))
+    (folder / "broken.jpg").write_bytes(photo(60, 40, seed=4)[:200])
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+def by_hand(run: Path, picture: Image.Image, network: str = "assignment") -> np.ndarray:
+    """Segmentation logits (K, H, W) of one picture: the run's single scale with flip, nothing shared with the code."""
+    import torch.nn.functional as F
+
+    found = find_run(str(run))
+    trained = load_trained(run / found.best().name)
+    net = trained.online if network == "online" else trained.assignment
+    side = trained.config.views.crop
+    pixels = np.asarray(picture.convert("RGB").resize((side, side), Image.Resampling.BILINEAR))
+    image = net.normalise(torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None])
+    total = torch.zeros(1)
+    with torch.no_grad():
+        assert tuple(trained.config.evaluation.scales) == (1.0,)
+        for flip in (False, True) if trained.config.evaluation.flip else (False,):
+            seg = net(image.flip(-1) if flip else image).seg
+            seg = F.interpolate(seg.flip(-1) if flip else seg, size=(side, side), mode="bilinear", align_corners=False)
+            total = total + seg
+    size = (picture.height, picture.width)
+    return F.interpolate(total, size=size, mode="bilinear", align_corners=False)[0].numpy()
+
+
+def test_masks_are_the_networks_argmax_at_the_pictures_own_size(
+    trained_run: Path, pictures: Path, tmp_path: Path
+) -> None:
+    shown: list[tuple[int, int, int]] = []
+    out = tmp_path / "out"
+    result = predict(
+        str(trained_run), [str(pictures)], out=str(out), network="assignment", scores=True, local=True,
+        show=lambda *at: shown.append(at),
+    )  # fmt: skip
+    assert result.images == 3
+    assert sorted(name for name, _ in result.skipped) == ["broken", "empty"]
+    assert shown[-1] == (5, 5, 2)
+    classes = find_run(str(trained_run)).config()
+    palette = open_dataset(classes.data.dataset).card.palette
+    for name, ending in (("a", "jpg"), ("b", "png"), ("below/c", "webp")):
+        picture = Image.open(pictures / f"{name}.{ending}")
+        mask = Image.open(out / "masks" / f"{name}.png")
+        assert mask.mode == "P"
+        assert mask.size == picture.size
+        logits = by_hand(trained_run, picture)
+        values = np.asarray(mask)
+        assert (values == logits.argmax(0)).mean() > 0.999
+        assert tuple(mask.getpalette()[3:6]) == palette[1]
+        with np.load(out / "scores" / f"{name}.npz", allow_pickle=False) as saved:
+            assert saved["classes"].tolist()[0] == "background"
+            shares = np.exp(logits - logits.max(0)) / np.exp(logits - logits.max(0)).sum(0)
+            np.testing.assert_allclose(saved["scores"].astype(np.float32), shares, atol=2e-3)
+        with Image.open(out / "overlays" / f"{name}.jpg") as overlay:
+            assert overlay.size == picture.size
+    document = json.loads((out / "predictions.json").read_text())
+    assert set(document["pictures"]) == {"a", "b", "below/c"}
+    assert "cannot be decoded" in dict(map(tuple, document["skipped"]))["broken"]
+
+
+def test_nothing_is_overwritten_and_mistakes_are_found_first(trained_run: Path, pictures: Path, tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    predict(str(trained_run), [str(pictures / "a.jpg")], out=out, local=True)
+    before = (tmp_path / "out" / "masks" / "a.png").read_bytes()
+    run, picture = str(trained_run), [str(pictures / "b.png")]
+    for wrong, said in (
+        ({"out": out}, "holds predictions already"),
+        ({"images": []}, "give pictures"),
+        ({"images": [str(pictures / "none.jpg")]}, "none.jpg"),
+        ({"dataset": "nowhere"}, "one of the two"),
+        ({"labels_given": True}, "--labels FILE"),
+        ({"voc_test": True}, "20 classes"),
+        ({"protocol": "none"}, "single_scale"),
+        ({"source": "cam"}, "classes"),
+        ({"labels": str(pictures / "notes.txt")}, "notes.txt"),
+    ):
+        given = {"images": picture, "out": str(tmp_path / "other"), "local": True, **wrong}
+        with pytest.raises(UserError, match=said):
+            predict(run, given.pop("images"), **given)
+        assert not (tmp_path / "other").exists(), wrong
+    assert (tmp_path / "out" / "masks" / "a.png").read_bytes() == before
+    with pytest.raises(RunFailed, match="none of the 1 pictures"):
+        predict(run, [str(pictures / "broken.jpg")], out=str(tmp_path / "third"), local=True)
+
+
+def test_labels_restrict_the_mask(trained_run: Path, pictures: Path, tmp_path: Path) -> None:
+    classes = find_run(str(trained_run)).config()
+    names = open_dataset(classes.data.dataset).classes
+    file = tmp_path / "labels.csv"
+    file.write_text(f"image,labels\na.jpg,{names[2]}\nb.png,{names[0]};{names[4]}\n")
+    images = [str(pictures / "a.jpg"), str(pictures / "b.png")]
+    predict(str(trained_run), images, out=str(tmp_path / "out"), labels=str(file), local=True)
+    for name, ending, allowed in (("a", "jpg", [0, 3]), ("b", "png", [0, 1, 5])):
+        values = np.asarray(Image.open(tmp_path / "out" / "masks" / f"{name}.png"))
+        logits = by_hand(trained_run, Image.open(pictures / f"{name}.{ending}"))
+        logits[[k for k in range(len(logits)) if k not in allowed]] = -1e5
+        assert (values == logits.argmax(0)).mean() > 0.999
+    file.write_text("image,labels\na.jpg,unicorn\nb.png,unicorn\n")
+    with pytest.raises(UserError, match="unicorn"):
+        predict(str(trained_run), images, out=str(tmp_path / "x"), labels=str(file), local=True)
+
+
+def test_pseudo_labels_of_a_split_from_both_sources(trained_run: Path, tmp_path: Path) -> None:
+    config = find_run(str(trained_run)).config()
+    split = open_dataset(config.data.dataset).split("val")
+    for source in ("segmentation", "cam"):
+        out = tmp_path / source
+        result = predict(
+            str(trained_run), out=str(out), dataset=config.data.dataset, split="val", labels_given=True,
+            source=source, overlays=False, local=True,
+        )  # fmt: skip
+        assert result.images == len(split)
+        assert not (out / "overlays").exists()
+        for index in range(len(split)):
+            sample = split[index]
+            values = np.asarray(Image.open(out / "masks" / f"{sample.id}.png"))
+            assert values.shape == (sample.height, sample.width)
+            allowed = {0, *(np.flatnonzero(sample.labels) + 1).tolist()}
+            assert set(np.unique(values).tolist()) <= allowed
+    with pytest.raises(UserError, match="no split 'test'"):
+        predict(str(trained_run), out=str(tmp_path / "x"), dataset=config.data.dataset, split="test", local=True)
+
+
+def test_voc_test_archive_has_the_servers_layout(trained_run: Path, pictures: Path, tmp_path: Path) -> None:
+    """A run whose classes are VOC's: the same weights with 20 heads are not needed, the layout is what is checked."""
+    from cosa_ray.data.remote import place
+    from cosa_ray.evaluation.batch import Outcome
+    from cosa_ray.training.predicting import _voc_archive
+
+    out = tmp_path / "out"
+    predict(str(trained_run), [str(pictures / "a.jpg"), str(pictures / "b.png")], out=str(out), local=True)
+    outcomes = [Outcome(name, "", (), 1, 1) for name in ("a", "b")]
+    where = _voc_archive(place(str(out)), outcomes)
+    with tarfile.open(where) as archive:
+        names = archive.getnames()
+        assert names == [f"results/VOC2012/Segmentation/comp6_test_cls/{name}.png" for name in ("a", "b")]
+        stored = archive.extractfile(names[0])
+        assert stored is not None
+        assert stored.read() == (out / "masks" / "a.png").read_bytes()
+    with pytest.raises(UserError, match="wants every picture"):
+        _voc_archive(place(str(out)), [*outcomes, Outcome("c", "it is broken", (), 0, 0)])
+
+
+def test_a_report_says_everything_and_is_in_mlflow(trained_run: Path) -> None:
+    report = evaluate_run(str(trained_run), protocol="multi_scale", local=True)
+    assert report.prefix == "val/multi_scale"
+    metrics = report.metrics
+    for name in ("miou", "miou_online", "miou_labels_given", "miou_online_labels_given", "cam_miou_at_0.5"):
+        value = metrics[f"val/multi_scale/{name}"]
+        assert metrics[f"val/multi_scale/{name}_ci_low"] <= value <= metrics[f"val/multi_scale/{name}_ci_high"]
+    assert {row["class"] for row in report.per_class["miou"]} >= {"background"}
+    assert len(report.curves["cam"]) == len(report.curve_thresholds) == 99
+    assert report.worst[0][1] <= report.best[0][1]
+    folder = Path(report.folder or "")
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {"result.json", "per_class.csv", "per_image.arrow", "worst.png", "best.png", "threshold_curve.png"}
+    assert names >= {"confusion_miou.csv", "confusion_miou.png", "confusion_miou_online.png"}
+    saved = json.loads((folder / "result.json").read_text())
+    assert saved["metrics"] == pytest.approx(metrics)
+    ids, totals = read_per_image(folder / "per_image.arrow")
+    assert len(ids) == metrics["val/multi_scale/images"]
+    hits, truth, predicted = totals["miou"].sum(0)
+    iou = [h / (t + p - h) for h, t, p in zip(hits, truth, predicted, strict=True) if t]
+    assert np.mean(iou) == pytest.approx(metrics["val/multi_scale/miou"])
+    record = find_run(str(trained_run)).record
+    assert record.tracking_uri is not None
+    assert record.mlflow_run_id is not None
+    assert history(record.tracking_uri, record.mlflow_run_id, "val/multi_scale/miou") == [
+        (report.step, pytest.approx(metrics["val/multi_scale/miou"]))
+    ]
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=record.tracking_uri)
+    place = f"evaluations/val.multi_scale/step_{report.step:08d}"
+    assert {Path(file.path).name for file in client.list_artifacts(record.mlflow_run_id, place)} == names
+    # Once more: the same numbers, and no second point.
+    again = evaluate_run(str(trained_run), protocol="multi_scale", local=True)
+    assert again.metrics == metrics
+    assert len(history(record.tracking_uri, record.mlflow_run_id, "val/multi_scale/miou")) == 1
+
+
+BLOCK_RAY = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("ray", "optuna", "skimage", "pycocotools", "typer", "fsspec", "filelock"):
+            raise ImportError(f"{name} is blocked")
+sys.meta_path.insert(0, Blocked())
+"""
+
+
+def test_a_registered_model_is_loaded_without_ray_and_without_pickle(
+    trained_run: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registered = register_run(str(trained_run), name="shapes-model", aliases=["best", "demo"])
+    assert registered.uri == "models:/shapes-model@best"
+    record = find_run(str(trained_run)).record
+    assert record.tracking_uri is not None
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=record.tracking_uri)
+    version = client.get_model_version_by_alias("shapes-model", "demo")
+    assert not (Path.cwd() / "mlruns").exists(), "the model lies where the run's artifacts do"
+    run = client.get_run(record.mlflow_run_id or "")
+    assert run.info.status == "FINISHED"
+    (output,) = run.outputs.model_outputs
+    assert output.model_id in version.source
+    assert version.run_id == record.mlflow_run_id
+    assert json.loads(version.tags["cosa_ray.classes"])
+    # From a folder that is not the project's, with Ray and pickled models forbidden.
+    script = BLOCK_RAY + (
+        "import json, base64, pandas as pd, mlflow\n"
+        f"mlflow.set_tracking_uri({record.tracking_uri!r})\n"
+        f"model = mlflow.pyfunc.load_model({registered.uri!r})\n"
+        f"data = [open(path, 'rb').read() for path in {[str(pictures / 'a.jpg'), str(pictures / 'b.png')]!r}]\n"
+        "found = model.predict(pd.DataFrame({'image': data}), params={'network': 'assignment'})\n"
+        "import cosa_ray, sys\n"
+        "assert 'ray' not in sys.modules\n"
+        "print(json.dumps({'masks': [base64.b64encode(m).decode() for m in found['mask']],\n"
+        "  'height': found['height'].tolist(), 'inputs': model.metadata.get_input_schema().input_names(),\n"
+        "  'code': cosa_ray.__file__}))\n"
+    )
+    environment = {**os.environ, "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false", "CUDA_VISIBLE_DEVICES": ""}
+    # -P and -I would also hide the environment's packages; a folder of its own is enough to leave the checkout out.
+    ended = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    found = json.loads(ended.stdout.strip().splitlines()[-1])
+    assert found["inputs"] == ["image", "labels"]
+    assert not Path(found["code"]).is_relative_to(ROOT), "the model brings its own code"
+    import base64
+
+    masks = [np.asarray(Image.open(io.BytesIO(base64.b64decode(mask)))) for mask in found["masks"]]
+    for mask, name in zip(masks, ("a.jpg", "b.png"), strict=True):
+        logits = by_hand(trained_run, Image.open(pictures / name))
+        assert (mask == logits.argmax(0)).mean() > 0.999
+    # And by its name through `predict`.
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", record.tracking_uri)
+    result = predict(
+        "models:/shapes-model@demo",
+        [str(pictures / "a.jpg")],
+        out=str(tmp_path / "out"),
+        network="assignment",
+        local=True,
+    )
+    assert result.images == 1
+    assert (np.asarray(Image.open(tmp_path / "out" / "masks" / "a.png")) == masks[0]).all()
+    with (
+        pytest.raises(UserError, match="no model models:/shapes-model@none"),
+        find_model("models:/shapes-model@none").open(),
+    ):
+        pass
+    with pytest.raises(UserError, match="alias"):
+        register_run(str(trained_run), name="shapes-model", aliases=["latest"])
+
+
+@pytest.mark.ray
+def test_ray_workers_count_what_one_process_counts(trained_run: Path, ray_cluster: str) -> None:
+    """Two actors, one of them killed while it works: its part is done again, and the counts are the same."""
+    import psutil
+    import ray
+
+    alone = evaluate_run(str(trained_run), protocol="single_scale", local=True, track=False)
+    killed: list[int] = []
+
+    def show(done: int, total: int) -> None:
+        if killed:
+            return
+        for process in psutil.process_iter(["cmdline"]):
+            if any("_Part" in word for word in process.info["cmdline"] or ()):
+                os.kill(process.pid, signal.SIGKILL)
+                killed.append(process.pid)
+                return
+
+    together = evaluate_run(str(trained_run), protocol="single_scale", workers=2, track=False, show=show)
+    assert killed, "no worker was there to be killed"
+    assert together.metrics == pytest.approx(alone.metrics, abs=1e-9)
+    assert together.worst == alone.worst
+    deadline = time.monotonic() + 30
+    while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"] and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"], "the workers gave their CPUs back"
+
+
+@pytest.mark.ray
+def test_crf_tasks_stream_counts(trained_run: Path, ray_cluster: str) -> None:
+    pytest.importorskip("pydensecrf")
+    here = evaluate_run(str(trained_run), protocol="release", local=True, track=False)
+    tasks = evaluate_run(str(trained_run), protocol="release", workers=1, track=False)
+    assert tasks.metrics == pytest.approx(here.metrics, abs=1e-9)
+    assert "val/release/miou_labels_given_crf" in here.metrics
+    assert here.metrics["val/release/miou_crf"] != here.metrics["val/release/miou"]
+
+
+@pytest.mark.ray
+def test_the_pipeline_on_ray_gives_the_same_masks(
+    trained_run: Path, pictures: Path, tmp_path: Path, ray_cluster: str
+) -> None:
+    shown: list[tuple[int, int, int]] = []
+    here = predict(str(trained_run), [str(pictures)], out=str(tmp_path / "here"), local=True)
+    there = predict(
+        str(trained_run), [str(pictures)], out=str(tmp_path / "there"), workers=1, show=lambda *at: shown.append(at)
+    )
+    assert sorted(there.skipped) == sorted(here.skipped)
+    assert shown[-1] == (5, 5, 2)
+    for name in ("a", "b", "below/c"):
+        mine, theirs = (tmp_path / where / "masks" / f"{name}.png" for where in ("here", "there"))
+        assert (np.asarray(Image.open(mine)) == np.asarray(Image.open(theirs))).mean() > 0.999
+    with pytest.raises(UserError, match="lower --workers"):
+        predict(str(trained_run), [str(pictures)], out=str(tmp_path / "many"), workers=40)
