@@ -19,7 +19,7 @@ from cosa_ray.evaluation.inference import infer
 from cosa_ray.evaluation.scorer import absent
 from cosa_ray.evaluation.trained import Trained
 from cosa_ray.method.assignment import valid_cam
-from cosa_ray.method.pseudo_labels import ABSENT, IGNORED, two_threshold_labels
+from cosa_ray.method.pseudo_labels import ABSENT, IGNORED, policy_labels
 
 MaskSource = Literal["segmentation", "cam"]
 
@@ -79,9 +79,11 @@ class Segmenter:
     ) -> list[Prediction]:
         network = self.trained.network(self.network)
         segment = self.source == "segmentation"
+        inputs = network.normalise(images.to(self.device))
+        thresholds, settings = self.trained.description.thresholds, self.trained.config.pseudo_labels
         maps = infer(
             network,
-            network.normalise(images.to(self.device)),
+            inputs,
             self.protocol.scales,
             self.protocol.flip,
             segment=segment,
@@ -97,19 +99,11 @@ class Segmenter:
                 if present is None:
                     raise ValueError("CAMs say where a class is, not whether it is there: labels are needed")
                 cam = _resized(valid_cam(maps.cam[row : row + 1], present), size)
-                mask = self._cam_labels(cam, present)[0]
+                mask = policy_labels(cam, present, thresholds, settings, inputs[row : row + 1])[0]
                 shares = torch.cat([1 - cam.amax(1, keepdim=True), cam], 1)
             kept = shares[0].half().cpu().numpy() if scores else None
             found.append(Prediction(mask.to(torch.uint8).cpu().numpy(), kept))
         return found
-
-    def _cam_labels(self, cam: Tensor, present: Tensor) -> Tensor:
-        thresholds = self.trained.description.thresholds
-        if "high" in thresholds:
-            inside = torch.ones_like(cam[:, 0], dtype=torch.bool)
-            return two_threshold_labels(cam, present, inside, thresholds["high"], thresholds["low"])
-        confidence, strongest = cam.max(1)
-        return torch.where(confidence >= thresholds["background"], strongest + 1, 0)
 
 
 def _resized(maps: Tensor, size: tuple[int, int]) -> Tensor:

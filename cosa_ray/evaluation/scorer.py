@@ -16,13 +16,12 @@ from cosa_ray.config.protocol import NetworkName, Protocol
 from cosa_ray.config.schema import Config
 from cosa_ray.data.dataset import Split
 from cosa_ray.data.loader import EvaluationBatch, Resize, evaluation_batches
-from cosa_ray.evaluation.confusion import IGNORE
 from cosa_ray.evaluation.inference import Inference, infer
 from cosa_ray.evaluation.panels import Tile
-from cosa_ray.evaluation.tally import IGNORED, Tally
+from cosa_ray.evaluation.tally import Tally
 from cosa_ray.method.assignment import valid_cam
 from cosa_ray.method.network import Network
-from cosa_ray.method.pseudo_labels import ABSENT, two_threshold_labels
+from cosa_ray.method.pseudo_labels import ABSENT, policy_labels
 
 
 class Variant(NamedTuple):
@@ -92,7 +91,6 @@ class Scorer:
         self.refined = [Variant(n, use == "given", True) for n in crf.networks for use in crf.labels] if crf else []
         self.fixed = f"cam_miou_at_{protocol.cam_threshold:g}"
         self.fixed_aux = f"cam_aux_miou_at_{protocol.cam_threshold:g}"
-        self.two = config.pseudo_labels.policy == "two_threshold"
 
     def tally(self, *, per_image: bool) -> Tally:
         """An empty tally of what this scorer counts."""
@@ -135,7 +133,7 @@ class Scorer:
             scored = torch.stack([maps.cls.cpu(), batch.labels.to(maps.cls.dtype)], 1)
             tally.class_scores |= dict(zip(places[done : done + len(scored)], scored, strict=True))
             done += len(scored)
-            for position, seen, jobs in self._own_size(tally, batch, maps, logits):
+            for position, seen, jobs in self._own_size(tally, batch, images, maps, logits):
                 if tiles is not None and batch.index[position] in wanted:
                     tiles[batch.index[position]] = _tile(batch, position, seen)
                 for job in jobs:
@@ -152,7 +150,12 @@ class Scorer:
         )
 
     def _own_size(
-        self, tally: Tally, batch: EvaluationBatch, maps: Inference, logits: Mapping[str, Tensor | None]
+        self,
+        tally: Tally,
+        batch: EvaluationBatch,
+        images: Tensor,
+        maps: Inference,
+        logits: Mapping[str, Tensor | None],
     ) -> Iterator[tuple[int, _Seen, list[CrfJob]]]:
         """Count a batch at each image's own size: (position in the batch, what was found, CRF jobs) per image."""
         labels = batch.labels.to(self.device)
@@ -186,45 +189,30 @@ class Scorer:
                         for row, index in enumerate(indices):
                             shares = shown[row].softmax(0).cpu().numpy()
                             jobs[row].append(CrfJob(refined.name, index, shares, b"", truth[row].cpu().numpy()))
-            confidence, pseudo = self._cams(tally, indices, batch, where, truth, own(cam), own(cam_aux), labels[rows])
+            half = torch.tensor([half_of(batch.ids[position]) for position in where], device=self.device)
+            own_cam = own(cam)
+            confidence = self._cams(tally, indices, truth, own_cam, own(cam_aux), half)
+            pseudo = policy_labels(own_cam, labels[rows], self.thresholds, self.config.pseudo_labels, images[rows])
+            tally.add_pseudo_labels(indices, truth, confidence, pseudo)
             tally.images += len(where)
             for row, position in enumerate(where):
                 seen = _Seen(None if plain is None else plain[row], confidence[row], pseudo[row])
                 yield position, seen, jobs[row]
 
     def _cams(
-        self,
-        tally: Tally,
-        indices: Sequence[int],
-        batch: EvaluationBatch,
-        where: Sequence[int],
-        truth: Tensor,
-        cam: Tensor,
-        cam_aux: Tensor,
-        labels: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+        self, tally: Tally, indices: Sequence[int], truth: Tensor, cam: Tensor, cam_aux: Tensor, half: Tensor
+    ) -> Tensor:
+        """Count CAMs (B, C, H, W) at every threshold; returns the main one's maximum."""
         confidence, strongest = cam.max(1)
-        bins = tally.main.bins(confidence)
-        half = torch.tensor([half_of(batch.ids[position]) for position in where], device=self.device)
-        tally.main.add(truth, strongest, bins, half)
         confidence_aux, strongest_aux = cam_aux.max(1)
-        for name, value, label in (
-            (self.fixed, confidence, strongest),
-            (self.fixed_aux, confidence_aux, strongest_aux),
+        for name, sweep, value, label in (
+            (self.fixed, tally.main, confidence, strongest),
+            (self.fixed_aux, tally.aux, confidence_aux, strongest_aux),
         ):
+            sweep.add(truth, label, sweep.bins(value), half)
             cut = torch.where(value >= self.protocol.cam_threshold, label + 1, 0)
             tally.add_prediction(name, indices, truth, cut)
-        tally.aux.add(truth, strongest_aux, tally.aux.bins(confidence_aux), half)
-        if self.two:
-            inside = torch.ones_like(truth, dtype=torch.bool)
-            pseudo = two_threshold_labels(cam, labels, inside, self.thresholds["high"], self.thresholds["low"])
-        else:
-            pseudo = torch.where(confidence >= self.thresholds["background"], strongest + 1, 0)
-        tally.add_prediction("pseudo_miou", indices, truth, pseudo)
-        outcome = torch.where(pseudo == IGNORE, IGNORED, (pseudo == truth).long())
-        index = torch.where(truth == IGNORE, tally.outcomes.numel(), bins * 3 + outcome).flatten()
-        tally.outcomes += torch.bincount(index, minlength=tally.outcomes.numel() + 1)[:-1].view_as(tally.outcomes)
-        return confidence, pseudo
+        return confidence
 
 
 def absent(labels: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cosa_ray.evaluation.confusion import (
+    IGNORE,
     ThresholdSweep,
     bootstrap_interval,
     confusion_matrix,
@@ -56,6 +57,13 @@ class Tally:
         self.matrices[name] += matrix
         if self.per_image is not None:
             self.per_image.setdefault(index, {})[name] = totals_of(matrix.cpu().numpy())
+
+    def add_pseudo_labels(self, indices: Sequence[int], truth: Tensor, confidence: Tensor, pseudo: Tensor) -> None:
+        """Count pseudo-labels (B, H, W), 255 where undecided, by the CAM's maximum at each pixel."""
+        self.add_prediction("pseudo_miou", indices, truth, pseudo)
+        outcome = torch.where(pseudo == IGNORE, IGNORED, (pseudo == truth).long())
+        index = torch.where(truth == IGNORE, self.outcomes.numel(), self.main.bins(confidence) * 3 + outcome).flatten()
+        self.outcomes += torch.bincount(index, minlength=self.outcomes.numel() + 1)[:-1].view_as(self.outcomes)
 
     def counts(self) -> list[Tensor]:
         """Every tensor of counts, in a fixed order."""

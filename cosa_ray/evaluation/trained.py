@@ -40,9 +40,14 @@ class Description:
     thresholds: dict[str, float]
 
     @classmethod
+    def parse(cls, text: str) -> Description:
+        """The description that a checkpoint's `checkpoint.json` holds."""
+        return cls(**json.loads(text))
+
+    @classmethod
     def read(cls, folder: Path) -> Description:
         """Read a checkpoint folder's description."""
-        return cls(**json.loads((folder / DESCRIPTION).read_text(encoding="utf-8")))
+        return cls.parse((folder / DESCRIPTION).read_text(encoding="utf-8"))
 
     def write(self, folder: Path) -> None:
         """Write it into a checkpoint folder."""

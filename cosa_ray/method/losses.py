@@ -1,7 +1,8 @@
 """The loss terms, each as this micro-batch's share of the global batch's average.
 
 A share is a sum over the samples at hand divided by a count over the global batch, so shares add up over
-micro-batches and workers to the loss of one big batch. All in float32 (or float64), never in bf16.
+micro-batches and workers to the loss of one big batch. All in float32 (or float64), never in bf16. Two have files of
+their own: `contrastive` and `dense_energy`.
 """
 
 from __future__ import annotations
@@ -10,9 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cosa_ray.method.pseudo_labels import IGNORED, PseudoLabel
-
-DENSE_ENERGY_READY = False
-"""The dense energy (method.md 4.7) is not computed yet: a run that asks for it runs with weight 0, and says so."""
 
 
 def classification_loss(logits: Tensor, image_labels: Tensor, global_batch: int) -> Tensor:

@@ -125,6 +125,10 @@ class Network(nn.Module):
         scale = (255.0 * self.std).reciprocal()[:, None, None]
         return images.float() * scale - (self.mean / self.std)[:, None, None]
 
+    def denormalise(self, images: Tensor) -> Tensor:
+        """The inverse of `normalise`: normalised images (B, 3, H, W) -> float32 in 0..255, up to rounding."""
+        return (images.float() * self.std[:, None, None] + self.mean[:, None, None]) * 255.0
+
     def decoder_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters of the segmentation head, which takes no part in warm-up."""
         return self.decoder.parameters()

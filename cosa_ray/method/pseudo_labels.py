@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cosa_ray.config.schema import PseudoLabels
 from cosa_ray.method.assignment import resize
+from cosa_ray.method.refinement import ROW_SUM, Affinity, pixel_affinity, refine
 from cosa_ray.method.reliability import perplexity, reliability
 
 IGNORED = 255
@@ -44,6 +45,12 @@ def inside_box(box: Tensor, crop: tuple[int, int], size: tuple[int, int]) -> Ten
     return in_rows[:, :, None] & in_columns[:, None, :]
 
 
+def deciding_size(size: tuple[int, int], stride: int) -> tuple[int, int]:
+    """Size of the maps on which CAMs are refined and compared: half the crop (release), or the loss's if smaller."""
+    down = 2 if stride == 1 else 1
+    return size[0] // down, size[1] // down
+
+
 def pseudo_label(
     cam: Tensor,
     image_labels: Tensor,
@@ -53,6 +60,7 @@ def pseudo_label(
     *,
     suffix: str = "",
     stride: int = 1,
+    affinity: Affinity | None = None,
 ) -> PseudoLabel:
     """Pseudo-labels of a valid CAM under the policy of `settings` (method.md 4.2; paper 3.3, release for two).
 
@@ -62,12 +70,17 @@ def pseudo_label(
         inside: (B, H, W) bool, see `inside_box`.
         thresholds: by name: background, or low and high; with `suffix` ("_aux") appended.
         stride: pixels of the crop per location of the CAM.
+        affinity: of the images at `deciding_size`; refines shares (two_threshold) or the CAM before it is cut.
     """
-    weights = None
+    weights, iterations = None, settings.refinement_iterations
     if settings.policy == "two_threshold":
         high, low = thresholds["high" + suffix], thresholds["low" + suffix]
-        labels = two_threshold_labels(cam, image_labels, inside, high, low, down=2 if stride == 1 else 1)
+        labels = two_threshold_labels(
+            cam, image_labels, inside, high, low, down=2 if stride == 1 else 1, affinity=affinity, iterations=iterations
+        )
     else:
+        if affinity is not None:
+            cam = refined_cam(cam, affinity, iterations, stride=stride)
         threshold = thresholds["background" + suffix]
         labels, confidence = threshold_labels(cam, inside, threshold)
         if settings.policy == "reliability":
@@ -78,6 +91,36 @@ def pseudo_label(
     raw = inside.sum() if weights is None else weights.sum(dtype=torch.float64)
     counts = torch.stack([labels.numel() - ignored - background, background, inside.sum(), raw]).double()
     return PseudoLabel(labels, weights, counts)
+
+
+def policy_labels(
+    cam: Tensor, image_labels: Tensor, thresholds: Mapping[str, float], settings: PseudoLabels, images: Tensor
+) -> Tensor:
+    """Labels (B, H, W) that a run's policy and thresholds give a whole image's valid CAM (B, C, H, W), without a loss.
+
+    images: (B, 3, h, w) of any scale and size, looked at only where the policy refines.
+    """
+    size = (cam.shape[-2], cam.shape[-1])
+    inside = torch.ones_like(cam[:, 0], dtype=torch.bool)
+    affinity, iterations = None, settings.refinement_iterations
+    if settings.refinement == "pixel_adaptive":
+        affinity = pixel_affinity(resize(images, deciding_size(size, 1)), settings.refinement_dilations)
+    if settings.policy == "two_threshold":
+        high, low = thresholds["high"], thresholds["low"]
+        return two_threshold_labels(cam, image_labels, inside, high, low, affinity=affinity, iterations=iterations)
+    if affinity is not None:
+        cam = refined_cam(cam, affinity, iterations)
+    return threshold_labels(cam, inside, thresholds["background"])[0]
+
+
+def refined_cam(cam: Tensor, affinity: Affinity, iterations: int, *, stride: int = 1) -> Tensor:
+    """A valid CAM (B, C, H, W) refined at `deciding_size` and brought back bilinearly; constant maps stay as they are.
+
+    For policies with one threshold (ours: the release refines the two-threshold shares only).
+    """
+    size = (cam.shape[-2], cam.shape[-1])
+    small = refine(resize(cam, deciding_size(size, stride)), affinity, iterations)
+    return resize(small / ROW_SUM**iterations, size)
 
 
 def threshold_labels(cam: Tensor, inside: Tensor, threshold: Tensor | float) -> tuple[Tensor, Tensor]:
@@ -95,12 +138,15 @@ def two_threshold_labels(
     low: Tensor | float,
     *,
     down: int = 2,
+    affinity: Affinity | None = None,
+    iterations: int = 10,
 ) -> Tensor:
-    """The release's two-threshold labels (`refine_cams_with_bkg`, without refinement): (B, H, W) int64.
+    """The release's two-threshold labels (`refine_cams_with_bkg`): (B, H, W) int64.
 
     A constant background channel is appended, the maps go to 1/down of their size, through a softmax over background
-    and present classes, back bilinearly, and to the argmax: once with each threshold. Foreground where the high one
-    says so, background where both do, 255 between and outside the box.
+    and present classes, through the refinement if an affinity at that size is given, back bilinearly, and to the
+    argmax: once with each threshold. Foreground where the high one says so, background where both do, 255 between and
+    outside the box.
     """
     size = (cam.shape[-2], cam.shape[-1])
     small = resize(cam, (size[0] // down, size[1] // down))
@@ -109,6 +155,8 @@ def two_threshold_labels(
     def labels(threshold: Tensor | float) -> Tensor:
         background = torch.zeros_like(small[:, :1]) + threshold
         shares = torch.cat([background, small], 1).softmax(1)
+        if affinity is not None:
+            shares = refine(shares, affinity, iterations)
         return resize(shares, size).argmax(1)
 
     sure, either = labels(high), labels(low)

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from cosa_ray.config.schema import Config
 from cosa_ray.method.assignment import assign, resize, valid_cam
 from cosa_ray.method.contrastive import Sample, contrastive_loss, draws, sample_pixels
+from cosa_ray.method.dense_energy import dense_energy
 from cosa_ray.method.losses import cam_to_seg_loss, classification_loss, seg_to_cam_loss
 from cosa_ray.method.network import Network, Outputs, mixed_precision
-from cosa_ray.method.pseudo_labels import PseudoLabel, guided_cam_target, inside_box, pseudo_label
+from cosa_ray.method.pseudo_labels import PseudoLabel, deciding_size, guided_cam_target, inside_box, pseudo_label
+from cosa_ray.method.refinement import pixel_affinity
 from cosa_ray.method.threshold import DynamicThresholds, Proposal, named
 
 LOSS_NAMES = (
@@ -29,6 +31,7 @@ LOSS_NAMES = (
     "loss_cam_to_seg_aux",
     "loss_seg_to_cam",
     "loss_contrastive",
+    "loss_dense_energy",
 )
 
 
@@ -160,13 +163,14 @@ def cotraining_step(
         with _synchronised(online, index == len(micro_batches) - 1):
             with mixed_precision(micro.strong.device, autocast):
                 outputs = online(micro.strong)
-            terms = _terms(outputs, micro, plan, counts, config, global_batch)
+            terms = _terms(outputs, micro, plan, counts, config, global_batch, assignment.denormalise)
             loss = terms["loss_cls"] + terms["loss_cls_aux"]
             share, weight = config.pseudo_labels.auxiliary_share, config.losses.cam_to_seg
             loss = loss + weight * (1 - share) * terms["loss_cam_to_seg"]
             loss = loss + weight * share * terms["loss_cam_to_seg_aux"]
             loss = loss + config.losses.seg_to_cam * terms["loss_seg_to_cam"]
             loss = loss + config.losses.contrastive * terms["loss_contrastive"]
+            loss = loss + config.losses.dense_energy * terms["loss_dense_energy"]
             (loss * world).backward()
         _add(totals, terms, loss)
     return StepOutput(totals, _statistics(counts, proposal), proposal)
@@ -195,8 +199,14 @@ def _plan(micro: MicroBatch, held: _Held, values: dict[str, Tensor], config: Con
     """Labels, weights and sampled pixels of a micro-batch, from AN's assignments and the thresholds in force."""
     labels, stride, crop = config.pseudo_labels, config.training.loss_stride, _size(micro.weak)
     inside = inside_box(micro.box, crop, _size(held.cam))
-    main = pseudo_label(held.cam, micro.labels, inside, values, labels, stride=stride)
-    aux = pseudo_label(held.cam_aux, micro.labels, inside, values, labels, suffix="_aux", stride=stride)
+    affinity = None
+    if labels.refinement == "pixel_adaptive":
+        small = resize(micro.weak, deciding_size(_size(held.cam), stride))
+        affinity = pixel_affinity(small, labels.refinement_dilations)
+    main = pseudo_label(held.cam, micro.labels, inside, values, labels, stride=stride, affinity=affinity)
+    aux = pseudo_label(
+        held.cam_aux, micro.labels, inside, values, labels, suffix="_aux", stride=stride, affinity=affinity
+    )
     sample, grid = None, held.grid
     if config.losses.contrastive > 0:
         settings = config.contrastive
@@ -220,7 +230,13 @@ def _counts(plan: _Plan) -> Tensor:
 
 
 def _terms(
-    outputs: Outputs, micro: MicroBatch, plan: _Plan, counts: Tensor, config: Config, global_batch: int
+    outputs: Outputs,
+    micro: MicroBatch,
+    plan: _Plan,
+    counts: Tensor,
+    config: Config,
+    global_batch: int,
+    denormalise: Callable[[Tensor], Tensor],
 ) -> dict[str, Tensor]:
     """The unweighted loss terms of a micro-batch, as shares of the global batch; a term of weight 0 is 0."""
     assert outputs.seg is not None
@@ -229,19 +245,25 @@ def _terms(
     terms = dict.fromkeys(LOSS_NAMES[1:], nothing)
     terms["loss_cls"] = classification_loss(outputs.cls.float(), micro.labels, global_batch)
     terms["loss_cls_aux"] = classification_loss(outputs.cls_aux.float(), micro.labels, global_batch)
+    crop = _size(micro.strong)
+    if config.losses.cam_to_seg > 0 or config.losses.dense_energy > 0:
+        log_p = resize(outputs.seg.float(), (crop[0] // stride, crop[1] // stride)).log_softmax(1)
+    else:  # the decoder must receive a gradient all the same (DDP waits for every parameter)
+        terms["loss_cam_to_seg"] = 0.0 * outputs.seg.float().sum()
     if config.losses.cam_to_seg > 0:
-        height, width = _size(micro.strong)
-        logits = resize(outputs.seg.float(), (height // stride, width // stride)).log_softmax(1)
         for suffix, pseudo, count, share in (
             ("", plan.main, counts[:4], 1 - labels.auxiliary_share),
             ("_aux", plan.aux, counts[4:8], labels.auxiliary_share),
         ):
             if share > 0:
                 terms["loss_cam_to_seg" + suffix] = cam_to_seg_loss(
-                    logits, pseudo, count, labels.foreground_share, batch_weights=labels.reliability_over == "batch"
+                    log_p, pseudo, count, labels.foreground_share, batch_weights=labels.reliability_over == "batch"
                 )
-    else:  # the decoder must receive a gradient all the same (DDP waits for every parameter)
-        terms["loss_cam_to_seg"] = 0.0 * outputs.seg.float().sum()
+    if config.losses.dense_energy > 0:
+        images, inside = denormalise(micro.strong), inside_box(micro.box, crop, crop)
+        terms["loss_dense_energy"] = dense_energy(
+            log_p.exp(), images, plan.main.labels, inside, global_batch, config.dense_energy
+        )
     if plan.target is not None:
         terms["loss_seg_to_cam"] = seg_to_cam_loss(resize(outputs.cam.float(), plan.grid), plan.target, global_batch)
     if plan.sample is not None:

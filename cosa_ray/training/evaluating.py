@@ -23,7 +23,7 @@ from cosa_ray.evaluation.panels import Tile
 from cosa_ray.evaluation.report import SHOWN, Findings, Report, summarise, write_report
 from cosa_ray.evaluation.scorer import RunCrf, Scorer
 from cosa_ray.evaluation.tally import Tally
-from cosa_ray.evaluation.trained import Description, load_trained
+from cosa_ray.evaluation.trained import DESCRIPTION, Description, load_trained
 from cosa_ray.training.distributed import join_workers, torch_settings
 from cosa_ray.training.models import choose_checkpoint
 from cosa_ray.training.ray_train import cpus_per_worker, needs_ray, ray_cluster
@@ -73,8 +73,7 @@ def evaluate_run(
     opened = open_dataset(task.dataset)
     target = opened.split(task.split)
     order, _ = evaluation_order(len(target), task.protocol.subset, 0, 1)
-    with found.folder.local_copy(entry.name) as folder:
-        thresholds = main_thresholds(Description.read(folder).thresholds)
+    thresholds = main_thresholds(_description(found, entry).thresholds)
     segment = entry.step > task.config.training.warmup_iters
     ids = target.ids()
 
@@ -129,14 +128,21 @@ def _prepare(
     config = apply_overrides(config, changes, found.record.name)
     opened = open_dataset(config.data.dataset)
     check_masks(opened.split(name))
-    with found.folder.local_copy(entry.name) as folder:
-        trained_on = Description.read(folder).classes
+    trained_on = _description(found, entry).classes
     if list(opened.classes) != trained_on:
         raise UserError(
             f"{config.data.dataset} has the classes {', '.join(opened.classes)}, but run {found.record.name} was "
             f"trained on {', '.join(trained_on)}; choose a dataset of the same classes."
         )
     return entry, _Task(f"{found.folder.uri}/{entry.name}", config.data.dataset, name, chosen, config)
+
+
+def _description(found: Run, entry: CheckpointEntry) -> Description:
+    """What the checkpoint says of itself, without fetching its weights."""
+    text = found.folder.read_text(f"{entry.name}/{DESCRIPTION}")
+    if text is None:
+        raise UserError(f"the checkpoint {entry.name} of run {found.record.name} is not there; evaluate again.")
+    return Description.parse(text)
 
 
 class _Part:
@@ -148,7 +154,10 @@ class _Part:
         self.split: Split = open_dataset(task.dataset).split(task.split)
         side = task.protocol.size or config.views.crop
         sides = [side * scale for scale in task.protocol.scales] if task.protocol.resize == "square" else []
-        with RunFolder(task.source).local_copy("") as folder:
+        source = RunFolder(task.source)
+        if not source.exists():
+            raise UserError(f"the checkpoint {task.source} was replaced by a newer one meanwhile; evaluate again.")
+        with source.local_copy("") as folder:
             trained = load_trained(folder, device, sides)
         self.scorer = Scorer(
             trained.online,

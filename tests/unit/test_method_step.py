@@ -46,7 +46,13 @@ def config(**sections) -> Config:
         },
         "assignment": {"scales": [1.0, 0.5]},
         "dynamic_threshold": {"batches": 3, "min_values": 1},
-        "losses": {"cam_to_seg": 0.7, "seg_to_cam": 0.3, "contrastive": 0.4, "seg_to_cam_temperature": 0.1},
+        "losses": {
+            "cam_to_seg": 0.7,
+            "seg_to_cam": 0.3,
+            "contrastive": 0.4,
+            "dense_energy": 1e4,  # a sum over few pixels here: enough to be seen in the gradients
+            "seg_to_cam_temperature": 0.1,
+        },
         "contrastive": {"pixels": 6},
         "training": {"batch_size": BATCH},
     }
@@ -147,8 +153,15 @@ VARIANTS = {
     "two thresholds": {
         "pseudo_labels": {"policy": "two_threshold"},
         "contrastive": {"threshold": 0.4, "on": "features"},
+        "dense_energy": {"gradient": "autograd"},
     },
     "half size": {"training": {"loss_stride": 2}},
+    "refined": {"pseudo_labels": {"refinement": "pixel_adaptive", "refinement_iterations": 2}},
+    "quarter size, two thresholds, refined": {
+        "pseudo_labels": {"policy": "two_threshold", "refinement": "pixel_adaptive", "refinement_dilations": [1, 3]},
+        "contrastive": {"threshold": 0.4},
+        "training": {"loss_stride": 4},
+    },
 }
 
 
@@ -168,8 +181,10 @@ def test_splitting_the_batch_changes_nothing(variant, slices):
     workers, outputs = run_workers(settings, slices)
     for name in LOSS_NAMES:
         total = sum(output.losses[name] for output in outputs)
-        torch.testing.assert_close(total, whole.losses[name], atol=1e-6, rtol=1e-5, msg=name)
+        absolute = 0 if name == "loss_dense_energy" else 1e-6  # that one is about 1e-6 itself
+        torch.testing.assert_close(total, whole.losses[name], atol=absolute, rtol=1e-5, msg=name)
     assert whole.losses["loss_contrastive"] > 0
+    assert whole.losses["loss_dense_energy"] < 0
     for output in outputs:
         for name, value in whole.statistics.items():
             torch.testing.assert_close(output.statistics[name], value, atol=1e-6, rtol=1e-5, msg=name)
@@ -198,14 +213,18 @@ def test_the_loss_is_the_weighted_sum_of_its_terms():
     assert tuple(losses) == LOSS_NAMES
     expected = losses["loss_cls"] + losses["loss_cls_aux"] + 0.3 * losses["loss_seg_to_cam"]
     expected = expected + 0.7 * (0.7 * losses["loss_cam_to_seg"] + 0.3 * losses["loss_cam_to_seg_aux"])
-    expected = expected + 0.4 * losses["loss_contrastive"]
+    expected = expected + 0.4 * losses["loss_contrastive"] + 1e4 * losses["loss_dense_energy"]
     torch.testing.assert_close(losses["loss"], expected)
-    assert all(value > 0 and not value.requires_grad for value in losses.values())
+    assert not any(value.requires_grad for value in losses.values())
+    assert losses["loss_dense_energy"] < 0  # by construction
+    assert all(losses[name] > 0 for name in LOSS_NAMES[1:-1])
 
 
 def test_a_term_reaches_what_it_should():
     def reached(**losses) -> dict[str, float]:
-        worker = Worker(config(losses={"cam_to_seg": 0, "seg_to_cam": 0, "contrastive": 0, **losses}))
+        worker = Worker(
+            config(losses={"cam_to_seg": 0, "seg_to_cam": 0, "contrastive": 0, "dense_energy": 0, **losses})
+        )
         worker.step([batch()])
         return {n: float(g.abs().max()) for n, g in worker.gradients().items()}
 
@@ -215,6 +234,9 @@ def test_a_term_reaches_what_it_should():
     assert cam_to_seg["classifier.weight"] == nothing["classifier.weight"]  # CAMs are the other network's
     assert reached(seg_to_cam=0.5)["classifier.weight"] != nothing["classifier.weight"]
     assert reached(contrastive=0.5)["classifier.weight"] != nothing["classifier.weight"]
+    energy = reached(dense_energy=1e3)
+    assert energy["decoder.conv6.weight"] > 0
+    assert energy["classifier.weight"] == nothing["classifier.weight"]
 
 
 def test_the_assignment_network_is_not_touched_and_follows_by_ema():
@@ -241,7 +263,7 @@ def test_what_is_padded_does_not_matter():
     assert shares[0]["foreground_share"] != shares[1]["foreground_share"]
     empty = whole._replace(box=torch.zeros_like(whole.box))
     losses = Worker(config()).step([empty]).losses
-    assert losses["loss_cam_to_seg"] == losses["loss_contrastive"] == 0
+    assert losses["loss_cam_to_seg"] == losses["loss_contrastive"] == losses["loss_dense_energy"] == 0
     assert all(value.isfinite() for value in losses.values())
 
 
@@ -344,6 +366,7 @@ def process_group():
         {"cam_to_seg": 0.0},
         {"seg_to_cam": 0.0, "contrastive": 0.0},
         {"cam_to_seg": 0, "seg_to_cam": 0, "contrastive": 0},
+        {"cam_to_seg": 0, "seg_to_cam": 0, "contrastive": 0, "dense_energy": 0},
     ],
 )
 def test_ddp_needs_no_search_for_unused_parameters(process_group, losses):

@@ -247,3 +247,52 @@ def test_refined_counts_are_those_of_the_refined_map() -> None:
     np.add.at(expected, (truth[truth != 255], prediction[truth != 255]), 1)
     np.testing.assert_array_equal(refined.matrix, expected)
     assert (refined.name, refined.image) == ("miou_crf", 7)
+
+
+@pytest.mark.parametrize("policy", ["single", "two_threshold"])
+def test_refined_pseudo_labels_are_scored_as_training_makes_them(split, policy: str) -> None:
+    """One image at a time: the valid CAM at its own size, refined at half of it with the affinity of the input."""
+    from cosa_ray.evaluation.inference import infer
+    from cosa_ray.method.pseudo_labels import refined_cam, two_threshold_labels
+    from cosa_ray.method.refinement import pixel_affinity
+
+    keys = {
+        "policy": policy,
+        "refinement": "pixel_adaptive",
+        "refinement_dilations": [1, 2],
+        "refinement_iterations": 3,
+    }
+    settings = config(pseudo_labels=keys)
+    thresholds = {"low": 0.25, "high": 0.7} if policy == "two_threshold" else {"background": 0.4}
+    online, assignment = networks()
+    scorer = Scorer(online, assignment, in_run_protocol(settings), settings, thresholds=thresholds)
+    tally = scorer.tally(per_image=False)
+    list(scorer.count(tally, split, range(len(split)), range(len(split))))
+    truths, found = [], []
+    for number in range(len(split)):
+        sample = split[number]
+        truths.append(sample.decode_mask())
+        pixels = np.asarray(sample.decode_image().resize((32, 32), Image.Resampling.BILINEAR))
+        image = assignment.normalise(torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None])
+        with torch.no_grad():
+            cam = infer(assignment, image, [1.0], True).cam * torch.from_numpy(sample.labels)[None, :, None, None]
+        cam = F.interpolate(cam, size=truths[-1].shape, mode="bilinear", align_corners=False)
+        half = (truths[-1].shape[0] // 2, truths[-1].shape[1] // 2)
+        affinity = pixel_affinity(F.interpolate(image, size=half, mode="bilinear", align_corners=False), (1, 2))
+        if policy == "single":
+            cam = refined_cam(cam, affinity, 3)
+            labels = torch.where(cam.amax(1) >= 0.4, cam.argmax(1) + 1, 0)
+        else:
+            inside = torch.ones_like(cam[:, 0], dtype=torch.bool)
+            present = torch.from_numpy(sample.labels)[None]
+            labels = two_threshold_labels(cam, present, inside, 0.7, 0.25, affinity=affinity, iterations=3)
+        found.append(labels[0].numpy())
+    assert scores(tally.matrices["pseudo_miou"]).miou == pytest.approx(miou(truths, found), abs=1e-3)
+    plain = Scorer(
+        online, assignment, in_run_protocol(settings), config(pseudo_labels={"policy": policy}), thresholds=thresholds
+    )
+    other = plain.tally(per_image=False)
+    list(plain.count(other, split, range(len(split)), range(len(split))))
+    assert not torch.equal(other.matrices["pseudo_miou"], tally.matrices["pseudo_miou"]), (
+        "the refinement does something"
+    )
