@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cosa_ray.cli.output import count_bar, json_only, metrics_table, say, table
+from cosa_ray.cli.output import count_bar, json_only, say, table
 from cosa_ray.cli.train import AsJson
 
 
@@ -48,9 +48,14 @@ def evaluate(
                 show=show,
             )
         if not as_json:
-            metrics_table(
+            table(
                 f"{report.name}, {report.checkpoint} on {report.split} of {report.dataset}",
-                {name: value for name, value in report.metrics.items() if "/iou/" not in name},
+                ["metric", "value", "95 % over images"],
+                [
+                    [name, f"{value:.4f}", _interval(report.metrics, name)]
+                    for name, value in sorted(report.metrics.items())
+                    if "/iou/" not in name and not name.endswith(("_ci_low", "_ci_high"))
+                ],
             )
             first = next(iter(report.per_class))
             table(
@@ -65,6 +70,11 @@ def evaluate(
                 say(f"{title} images: " + ", ".join(f"{name} {miou:.3f}" for name, miou in images))
         say(f"report, tables and pictures: {report.folder}")
         emit(report.as_json())
+
+
+def _interval(metrics: dict[str, float], name: str) -> str:
+    bounds = [metrics.get(f"{name}_ci_{end}") for end in ("low", "high")]
+    return "" if None in bounds else " to ".join(f"{bound:.4f}" for bound in bounds)
 
 
 def _share(value: float | str) -> str:

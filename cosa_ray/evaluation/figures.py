@@ -85,6 +85,8 @@ def threshold_curves(grid: np.ndarray, curves: Mapping[str, np.ndarray], thresho
                 xytext=(0, 7),
                 ha="center",
                 fontsize=8,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+                zorder=3,
             )
     _draw_thresholds(axes, thresholds)
     axes.set_xlabel("background threshold")

@@ -14,19 +14,27 @@ _METRICS_A_REQUEST = 500
 
 
 def log_evaluation(
-    store: Store, run: str, folder: str, *, metrics: Mapping[str, float], step: int, artifacts: Path, place: str
+    store: Store,
+    run: str,
+    folder: str,
+    *,
+    run_id: str | None,
+    metrics: Mapping[str, float],
+    step: int,
+    artifacts: Path,
+    place: str,
 ) -> str | None:
     """Log metrics at a step, and a local folder's files under `place`, to an MLflow run; returns its id.
 
-    run, folder: the run's name and folder, by which it is found. The same evaluation logged again adds no second
-    point. None, with a warning, when MLflow does not have the run or does not answer: the evaluation stays in the run's
-    folder.
+    run_id: the run's MLflow id where it is known; else it is found by its name and folder. The same evaluation logged
+    again adds no second point. None, with a warning, when MLflow does not have the run or does not answer: the
+    evaluation stays in the run's folder.
     """
     from mlflow.entities import Metric
 
     try:
         client = store.client()
-        run_id = find_run(client, store.experiment_id(client), run, folder)
+        run_id = run_id or find_run(client, store.experiment_id(client), run, folder)
         if run_id is None:
             log.warning("MLflow at %s has no run %s; its evaluation is not logged there", store.shown, run)
             return None

@@ -57,17 +57,25 @@ def check_names(name: str, aliases: Sequence[str]) -> None:
 
 
 def register(
-    store: Store, folder: Path, *, run: str, run_folder: str, name: str, aliases: Sequence[str] = ()
+    store: Store,
+    folder: Path,
+    *,
+    run: str,
+    run_folder: str,
+    run_id: str | None = None,
+    name: str,
+    aliases: Sequence[str] = (),
 ) -> Registered:
     """Log the trained model in a local folder to its MLflow run and register it under a name, with aliases.
 
-    Signature, input example, classes, palette and metrics go with it. Raises UserError for names that MLflow does not
-    take and for a run that MLflow does not have.
+    Signature, input example, classes, palette and metrics go with it. run_id: the run's MLflow id where it is known;
+    else it is found by its name and folder. Raises UserError for names that MLflow does not take and for a run that
+    MLflow does not have.
     """
     check_names(name, aliases)
     client = store.client()
     experiment = store.experiment_id(client)
-    run_id = find_run(client, experiment, run, run_folder)
+    run_id = run_id or find_run(client, experiment, run, run_folder)
     if run_id is None:
         raise UserError(
             f"MLflow at {store.shown} has no run {run} of {run_folder}; a model is registered from its run: set the "

@@ -273,6 +273,7 @@ def _keep(
                 Store(tracking_uri(config), config.tracking.experiment),
                 found.record.name,
                 found.folder.uri,
+                run_id=found.record.mlflow_run_id,
                 metrics=report.metrics,
                 step=report.step,
                 artifacts=Path(temporary),

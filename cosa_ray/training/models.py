@@ -78,4 +78,12 @@ def register_run(
     config = found.config()
     store = Store(tracking_uri(config), config.tracking.experiment)
     with found.folder.local_copy(entry.name) as folder:
-        return register(store, folder, run=found.record.name, run_folder=found.folder.uri, name=name, aliases=aliases)
+        return register(
+            store,
+            folder,
+            run=found.record.name,
+            run_folder=found.folder.uri,
+            run_id=found.record.mlflow_run_id,
+            name=name,
+            aliases=aliases,
+        )

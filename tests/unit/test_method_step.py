@@ -6,7 +6,6 @@ import copy
 import threading
 
 import pytest
-import timm
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -307,49 +306,6 @@ def test_warmup_is_the_classification_losses_and_fills_the_ring():
     assert torch.equal(proposal.ring, fill([whole]).ring)
     assert proposal.ring.sum() > 0
     assert torch.equal(proposal.values, worker.thresholds.current)
-
-
-FAMILIES = {
-    "vit patch 16": ({"backbone": "vit_tiny_patch16_224"}, 32),
-    "convolutional stem": ({"stem": "convolutional"}, 32),
-    "deit": ({"backbone": "deit_tiny_patch16_224"}, 32),
-    "dinov2": ({"backbone": "vit_small_patch14_reg4_dinov2"}, 28),
-    "dinov3": ({"backbone": "vit_small_patch16_dinov3", "backbone_args": {**TINY, "embed_dim": 32}}, 32),
-    "swin": (
-        {
-            "backbone": "swin_tiny_patch4_window7_224",
-            "backbone_args": {"embed_dim": 12, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2)},
-        },
-        64,
-    ),
-    "convnext": (
-        {"backbone": "convnext_atto", "backbone_args": {"dims": (8, 8, 16, 16), "depths": (1, 1, 1, 1)}},
-        64,
-    ),
-    "resnet": ({"backbone": "resnet10t", "backbone_args": {}, "checkpoint": "own"}, 64),
-    "efficientnet": (
-        {"backbone": "tf_efficientnet_lite0", "backbone_args": {}, "checkpoint": "own", "output_stride": 16},
-        64,
-    ),
-}
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_step_of_every_family(family):
-    fields, crop = FAMILIES[family]
-    settings = config(model=fields, views={"crop": crop})
-    weights = None
-    if settings.model.checkpoint:
-        weights = timm.create_model(settings.model.backbone, pretrained=False).state_dict()
-    worker = Worker(settings, crop, weights)
-    output = worker.step([batch(crop)])
-    assert all(value.isfinite() for value in output.losses.values())
-    trained = {name for name, p in worker.online.named_parameters() if p.requires_grad}
-    assert set(worker.gradients()) == trained
-    before = {name: p.detach().clone() for name, p in worker.online.named_parameters()}
-    optimiser = torch.optim.AdamW(worker.online.parameter_groups(settings.optimiser))
-    optimiser.step()
-    assert all(not torch.equal(p, before[n]) for n, p in worker.online.named_parameters() if n.endswith("ifier.weight"))
 
 
 @pytest.fixture(scope="module")
