@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import cosa_ray
+from cosa_ray.data.card import CARD, DatasetCard
 from cosa_ray.errors import UserError
 from cosa_ray.evaluation.trained import MODEL_FILES, Description, is_model
 from cosa_ray.tracking.pyfunc import DATA, example, signature
@@ -85,7 +86,14 @@ def register(
     from mlflow.models import Model
 
     described = Description.read(folder)
-    facts = {"run": run, "step": described.step, "classes": described.classes, "metrics": described.metrics}
+    card = DatasetCard.model_validate_json((folder / CARD).read_text(encoding="utf-8"))
+    facts = {
+        "run": run,
+        "step": described.step,
+        "classes": described.classes,
+        "palette": [list(colour) for colour in card.palette],
+        "metrics": described.metrics,
+    }
     with tempfile.TemporaryDirectory(prefix="cosa-ray-model-") as temporary, _tracking_uri(store.uri):
         data = Path(temporary) / DATA
         data.mkdir()
@@ -94,7 +102,7 @@ def register(
         package = Path(temporary) / "code" / "cosa_ray"
         shutil.copytree(Path(cosa_ray.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
         # Made first: left to itself, MLflow would put it into the experiment that it last heard of in this process.
-        model = client.create_logged_model(experiment, name=name, source_run_id=run_id, model_type="cosa")
+        model = client.create_logged_model(experiment, name="cosa", source_run_id=run_id, model_type="cosa")
         logged = Model.log(
             None,  # the artifact path of old, which the model's id replaces
             mlflow.pyfunc,
@@ -116,7 +124,7 @@ def register(
             client.set_registered_model_alias(name, alias, number)
         for key, value in facts.items():
             text = value if isinstance(value, str) else json.dumps(value)
-            client.set_model_version_tag(name, number, f"cosa_ray.{key}", text[:5000])
+            client.set_model_version_tag(name, number, f"cosa_ray.{key}", text)
     named = f"{SCHEME}{name}@{aliases[0]}" if aliases else f"{SCHEME}{name}/{number}"
     return Registered(name, number, tuple(aliases), named, run_id)
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +18,17 @@ import pytest
 import torch
 from PIL import Image
 
+from cosa_ray.config.schema import Config
 from cosa_ray.data.dataset import open_dataset
 from cosa_ray.errors import RunFailed, UserError
-from cosa_ray.evaluation.report import read_per_image
+from cosa_ray.evaluation.report import Report, read_per_image
 from cosa_ray.evaluation.trained import load_trained
+from cosa_ray.training.driver import train
 from cosa_ray.training.evaluating import evaluate_run
 from cosa_ray.training.models import find_model, register_run
 from cosa_ray.training.predicting import predict
 from cosa_ray.training.runs import find_run
+from cosa_ray.training.session import Progress
 from tests.conftest import ROOT, history
 from tests.unit.tiny_sets import photo
 
@@ -96,6 +100,45 @@ def test_masks_are_the_networks_argmax_at_the_pictures_own_size(
     document = json.loads((out / "predictions.json").read_text())
     assert set(document["pictures"]) == {"a", "b", "below/c"}
     assert "cannot be decoded" in dict(map(tuple, document["skipped"]))["broken"]
+
+
+def test_pictures_and_masks_may_be_at_uris(trained_run: Path, pictures: Path, tmp_path: Path) -> None:
+    out = f"file://{tmp_path}/out"
+    result = predict(str(trained_run), [f"file://{pictures}/a.jpg", f"file://{pictures}/below"], out=out, local=True)
+    assert (result.images, result.skipped) == (2, [])
+    assert sorted(path.name for path in (tmp_path / "out" / "masks").iterdir()) == ["a.png", "c.png"]
+    with pytest.raises(UserError, match="holds predictions already"):
+        predict(str(trained_run), [f"file://{pictures}/a.jpg"], out=out, local=True)
+
+
+def test_a_run_is_evaluated_while_it_trains(tiny: Callable[..., Config]) -> None:
+    """Its newest checkpoint is read from outside; the run goes on and ends as it would have."""
+    alone = train(tiny(), name="alone", local=True, track=False)
+    config = tiny()
+    found: list[Report] = []
+
+    def show(progress: Progress) -> None:
+        if progress.step >= 15 and not found:
+            found.append(
+                evaluate_run("busy", protocol="single_scale", storage=config.storage, which="last", local=True)
+            )
+
+    import cosa_ray.training.loop as loop
+
+    before, loop.PROGRESS_SECONDS = loop.PROGRESS_SECONDS, 0.0
+    try:
+        result = train(config, name="busy", local=True, show=show)
+    finally:
+        loop.PROGRESS_SECONDS = before
+    (report,) = found
+    assert report.step in (10, 15)
+    assert result.mlflow_run_id is not None
+    assert result.tracking_uri is not None
+    points = history(result.tracking_uri, result.mlflow_run_id, "val/single_scale/miou")
+    assert points == [(report.step, pytest.approx(report.metrics["val/single_scale/miou"]))]
+    assert result.last_metrics["val/miou"] == alone.last_metrics["val/miou"]
+    steps = [step for step, _ in history(result.tracking_uri, result.mlflow_run_id, "train/loss")]
+    assert steps == list(range(1, 21))
 
 
 def test_nothing_is_overwritten_and_mistakes_are_found_first(trained_run: Path, pictures: Path, tmp_path: Path) -> None:
@@ -246,7 +289,11 @@ def test_a_registered_model_is_loaded_without_ray_and_without_pickle(
     (output,) = run.outputs.model_outputs
     assert output.model_id in version.source
     assert version.run_id == record.mlflow_run_id
-    assert json.loads(version.tags["cosa_ray.classes"])
+    config = find_run(str(trained_run)).config()
+    card = open_dataset(config.data.dataset).card
+    assert json.loads(version.tags["cosa_ray.classes"]) == list(card.classes)
+    assert json.loads(version.tags["cosa_ray.palette"]) == [list(colour) for colour in card.palette]
+    assert "val/miou" in json.loads(version.tags["cosa_ray.metrics"])
     # From a folder that is not the project's, with Ray and pickled models forbidden.
     script = BLOCK_RAY + (
         "import json, base64, pandas as pd, mlflow\n"
