@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -27,6 +28,7 @@ from cosa_ray.tracking.store import Store, find_run
 SCHEME = "models:/"
 # What loading and predicting import; their versions are those of this environment.
 _NEEDED = ("torch", "torchvision", "timm", "numpy", "pandas", "pyarrow", "pillow", "pydantic", "pyyaml", "safetensors")
+_VARIABLE = "MLFLOW_TRACKING_URI"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_. -]{0,199}")
 _ALIAS = re.compile(r"(?!v\d+$)[A-Za-z0-9_-]{1,100}")
 
@@ -161,9 +163,12 @@ def _tracking_uri(uri: str) -> Iterator[None]:
     """MLflow's own idea of where it logs, for the block: logging a model knows no other way to be told."""
     import mlflow
 
-    before = mlflow.get_tracking_uri()
+    before = os.environ.get(_VARIABLE)
     mlflow.set_tracking_uri(uri)
     try:
         yield
     finally:
-        mlflow.set_tracking_uri(before)
+        # It writes the variable too, which would send every later run of this process to this store.
+        mlflow.set_tracking_uri(None)
+        if before is not None:
+            os.environ[_VARIABLE] = before

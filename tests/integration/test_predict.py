@@ -275,7 +275,9 @@ sys.meta_path.insert(0, Blocked())
 def test_a_registered_model_is_loaded_without_ray_and_without_pickle(
     trained_run: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     registered = register_run(str(trained_run), name="shapes-model", aliases=["best", "demo"])
+    assert "MLFLOW_TRACKING_URI" not in os.environ, "later runs of this process go where they would have gone"
     assert registered.uri == "models:/shapes-model@best"
     record = find_run(str(trained_run)).record
     assert record.tracking_uri is not None
@@ -331,6 +333,7 @@ def test_a_registered_model_is_loaded_without_ray_and_without_pickle(
         network="assignment",
         local=True,
     )
+    assert os.environ["MLFLOW_TRACKING_URI"] == record.tracking_uri
     assert result.images == 1
     assert (np.asarray(Image.open(tmp_path / "out" / "masks" / "a.png")) == masks[0]).all()
     with (
