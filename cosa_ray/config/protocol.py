@@ -70,6 +70,10 @@ class Protocol(Section):
                     )
         return self
 
+    def sides(self, crop: int) -> list[float]:
+        """Sides in pixels, before rounding, of the square inputs of a network trained at `crop`; none if not square."""
+        return [(self.size or crop) * scale for scale in self.scales] if self.resize == "square" else []
+
 
 def in_run_protocol(config: Config) -> Protocol:
     """The protocol of a run's own evaluations (`config.evaluation`), which has no name."""

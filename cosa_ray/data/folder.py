@@ -17,7 +17,7 @@ from cosa_ray.data.shard import Row
 from cosa_ray.data.source import MAX_CLASSES, Source, check_classes, read_file, read_text, stored_row
 from cosa_ray.errors import UserError
 
-_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _YES = ("1", "1.0", "true", "yes", "x")
 _SPLIT = re.compile(r"[A-Za-z0-9_-]+")  # part of the names of shards
 _NO = ("", "0", "0.0", "false", "no", "-1", "-1.0")
@@ -63,7 +63,7 @@ def folder_source(uri: str, *, labels: str | None = None, val_fraction: float = 
     entries, columns = _entries(file)
     classes, colours = _classes(root, file, columns or sorted({name for entry in entries for name in entry.labels}))
     images = root.child("images") if root.child("images").is_folder() else root
-    there = _Files(images, _ENDINGS)
+    there = _Files(images, ENDINGS)
     masks = _Files(root.child("masks"), (".png",))
     splits: dict[str, list[_Sample]] = {}
     named_before: set[str] = set()
@@ -113,7 +113,7 @@ def labels_by_image(uri: str) -> dict[str, tuple[str, ...]]:
 
 
 def _stem(name: str) -> str:
-    return name.rpartition(".")[0] if name.lower().endswith(_ENDINGS) else name
+    return name.rpartition(".")[0] if name.lower().endswith(ENDINGS) else name
 
 
 class _Files:

@@ -15,19 +15,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import yaml
 
-from cosa_ray.config.load import check
-from cosa_ray.config.protocol import NetworkName, Protocol, in_run_protocol
+from cosa_ray.config.protocol import NetworkName, Protocol
 from cosa_ray.data.dataset import Split, open_dataset
+from cosa_ray.data.folder import ENDINGS
 from cosa_ray.data.pictures import decode_rgb
 from cosa_ray.data.remote import place
 from cosa_ray.errors import UserError
 from cosa_ray.evaluation.inference import autocast_dtype
 from cosa_ray.evaluation.prediction import MaskSource, Segmenter, mask_png, overlay_jpeg, scores_npz
-from cosa_ray.evaluation.trained import CONFIG, Trained, load_trained
+from cosa_ray.evaluation.trained import Trained, load_trained
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 MASKS, OVERLAYS, SCORES = "masks", "overlays", "scores"
 OpenModel = Callable[[], AbstractContextManager[Path]]
 Row = dict[str, Any]
@@ -164,7 +162,7 @@ class Predictor:
         if wanted.threads:
             torch.set_num_threads(wanted.threads)
         with wanted.open_model() as folder:
-            self.trained: Trained = load_trained(folder, wanted.device, model_sides(folder, wanted.protocol))
+            self.trained: Trained = load_trained(folder, wanted.device, wanted.protocol)
         self.segmenter = Segmenter(
             self.trained,
             wanted.protocol,
@@ -228,15 +226,6 @@ _COLUMNS: dict[str, Any] = {
     "height": np.int64,
     "width": np.int64,
 }
-
-
-def model_sides(folder: Path, protocol: Protocol | None = None) -> list[float]:
-    """Sides in pixels of the square inputs that a model in a folder gets under a protocol; None is its run's own."""
-    config = check(yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")), f"{folder / CONFIG}")
-    protocol = protocol or in_run_protocol(config)
-    if protocol.resize != "square":
-        return []
-    return [(protocol.size or config.views.crop) * scale for scale in protocol.scales]
 
 
 def items_of(images: Sequence[str]) -> list[Item]:

@@ -56,13 +56,9 @@ def scores(matrix: Tensor | np.ndarray) -> Scores:
     mIoU is the mean over the classes with ground-truth pixels (the release's `scores`); NaN when the matrix is empty.
     torchmetrics also counts classes that were only predicted, as 0.
     """
-    counts = np.asarray(matrix, dtype=np.float64)
-    return _scores(np.diag(counts), counts.sum(1), counts.sum(0))
-
-
-def _scores(hits: np.ndarray, truth: np.ndarray, predicted: np.ndarray) -> Scores:
-    """Scores from pixels that are right, true and predicted, by class (K,)."""
-    iou = ious(np.stack([hits, truth, predicted]))
+    totals = totals_of(np.asarray(matrix, dtype=np.float64))
+    hits, truth, predicted = totals
+    iou = ious(totals)
     with np.errstate(invalid="ignore", divide="ignore"):
         pixel_accuracy = float(hits.sum() / truth.sum())
         return Scores(_mean(iou), iou, hits / predicted, hits / truth, pixel_accuracy)

@@ -6,7 +6,6 @@ A checkpoint's folder without its optimiser state is one, and so is a model that
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from cosa_ray.config.load import check
-from cosa_ray.config.protocol import NetworkName
+from cosa_ray.config.protocol import NetworkName, Protocol, in_run_protocol
 from cosa_ray.config.schema import Config
 from cosa_ray.data.card import CARD, DatasetCard
 from cosa_ray.errors import UserError
@@ -104,22 +103,29 @@ def is_model(folder: Path) -> bool:
     return all((folder / name).is_file() for name in MODEL_FILES)
 
 
-def load_trained(folder: Path, device: torch.device | str = "cpu", sides: Iterable[float] = ()) -> Trained:
+def read_config(folder: Path) -> Config:
+    """The config of a trained model in a local folder."""
+    return check(yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")), f"{folder / CONFIG}")
+
+
+def load_trained(folder: Path, device: torch.device | str = "cpu", protocol: Protocol | None = None) -> Trained:
     """Load a trained model from a local folder.
 
-    sides: of the square inputs it will be given, pixels. Raises UserError when files are missing or do not fit.
+    protocol: by which it will be given images; None is its run's own. Raises UserError when files are missing or do
+    not fit.
     """
     missing = [name for name in MODEL_FILES if not (folder / name).is_file()]
     if missing:
         raise UserError(
             f"{folder}: is no trained model ({', '.join(missing)} missing); give a run or a checkpoint of one."
         )
-    config = check(yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")), f"{folder / CONFIG}")
+    config = read_config(folder)
+    sides = (protocol or in_run_protocol(config)).sides(config.views.crop)
     card = DatasetCard.model_validate_json((folder / CARD).read_text(encoding="utf-8"))
 
     def network(file: str) -> Network:
         built = build_network(
-            config.model, len(card.classes), image_size=config.views.crop, initialise=False, sides=list(sides)
+            config.model, len(card.classes), image_size=config.views.crop, initialise=False, sides=sides
         )
         read_weights(folder, built, file)
         return built.to(device).requires_grad_(False).eval()

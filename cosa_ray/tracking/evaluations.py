@@ -39,11 +39,16 @@ def log_evaluation(
             log.warning("MLflow at %s has no run %s; its evaluation is not logged there", store.shown, run)
             return None
         now = time.time_ns() // 1_000_000
-        new = [
-            Metric(key, value, now, step)
-            for key, value in metrics.items()
-            if not any((point.step, point.value) == (step, value) for point in client.get_metric_history(run_id, key))
-        ]
+        latest = {point.key: point for point in client.get_run(run_id).to_proto().data.metrics}
+
+        def is_there(key: str, value: float) -> bool:
+            point = latest.get(key)
+            if point is None or point.step <= step:
+                return point is not None and (point.step, point.value) == (step, value)
+            history = client.get_metric_history(run_id, key)  # an older checkpoint, evaluated after a newer one
+            return any((each.step, each.value) == (step, value) for each in history)
+
+        new = [Metric(key, value, now, step) for key, value in metrics.items() if not is_there(key, value)]
         for start in range(0, len(new), _METRICS_A_REQUEST):
             client.log_batch(run_id, metrics=new[start : start + _METRICS_A_REQUEST])
         client.log_artifacts(run_id, str(artifacts), place)

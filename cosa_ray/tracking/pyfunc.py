@@ -16,7 +16,6 @@ from PIL import Image
 
 from cosa_ray.config.protocol import NetworkName, in_run_protocol
 from cosa_ray.data.pictures import decode_rgb
-from cosa_ray.evaluation.batch import model_sides
 from cosa_ray.evaluation.inference import autocast_dtype
 from cosa_ray.evaluation.prediction import Segmenter, mask_png
 from cosa_ray.evaluation.trained import is_model, load_trained
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from mlflow.models import ModelSignature
 
 DATA = "cosa_model"
+_NETWORKS: dict[str, NetworkName | None] = {"better": None, "assignment": "assignment", "online": "online"}
 
 
 def signature() -> ModelSignature:
@@ -66,7 +66,7 @@ class MaskModel:
 
     def __init__(self, folder: Path) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.trained = load_trained(folder, device, model_sides(folder))
+        self.trained = load_trained(folder, device)
         self.protocol = in_run_protocol(self.trained.config)
         self.device = device
 
@@ -109,9 +109,9 @@ class MaskModel:
         return np.array([name in names for name in self.trained.classes], np.float32)
 
     def _network(self, name: str) -> NetworkName | None:
-        if name not in ("better", "assignment", "online"):
-            raise ValueError(f"params.network is {name!r}; use better, assignment or online")
-        return None if name == "better" else name  # type: ignore[return-value]
+        if name not in _NETWORKS:
+            raise ValueError(f"params.network is {name!r}; use {', '.join(_NETWORKS)}")
+        return _NETWORKS[name]
 
 
 def _load_pyfunc(path: str) -> MaskModel:

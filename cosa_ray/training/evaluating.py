@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,15 +15,16 @@ import torch
 from cosa_ray.config.load import apply_overrides
 from cosa_ray.config.protocol import Protocol, in_run_protocol, load_protocol
 from cosa_ray.config.schema import Config
+from cosa_ray.data.card import CARD, DatasetCard
 from cosa_ray.data.dataset import Split, open_dataset
 from cosa_ray.errors import RunFailed, UserError
 from cosa_ray.evaluation.crf import refine_here, refine_on_ray, require_crf
 from cosa_ray.evaluation.evaluate import check_masks, evaluation_order, main_thresholds, protocol_prefix
 from cosa_ray.evaluation.inference import autocast_dtype
 from cosa_ray.evaluation.panels import Tile
-from cosa_ray.evaluation.report import SHOWN, Findings, Report, summarise, write_report
+from cosa_ray.evaluation.report import RESULT, SHOWN, Findings, Report, summarise, write_report
 from cosa_ray.evaluation.scorer import RunCrf, Scorer
-from cosa_ray.evaluation.tally import Tally
+from cosa_ray.evaluation.tally import Tally, plain_name
 from cosa_ray.evaluation.trained import DESCRIPTION, Description, load_trained
 from cosa_ray.training.distributed import join_workers, torch_settings
 from cosa_ray.training.models import choose_checkpoint
@@ -42,6 +44,7 @@ class _Task:
     dataset: str
     split: str
     protocol: Protocol
+    prefix: str
     config: Config
     cpus: float | None = None
 
@@ -99,7 +102,7 @@ def evaluate_run(
     report = summarise(
         result,
         task.protocol,
-        protocol_prefix(task.protocol, target.name, len(target)),
+        task.prefix,
         name=found.record.name,
         checkpoint=entry.name,
         step=entry.step,
@@ -127,14 +130,38 @@ def _prepare(
         changes["training.accumulate"] = 1
     config = apply_overrides(config, changes, found.record.name)
     opened = open_dataset(config.data.dataset)
-    check_masks(opened.split(name))
+    target = opened.split(name)
+    check_masks(target)
     trained_on = _description(found, entry).classes
     if list(opened.classes) != trained_on:
         raise UserError(
             f"{config.data.dataset} has the classes {', '.join(opened.classes)}, but run {found.record.name} was "
             f"trained on {', '.join(trained_on)}; choose a dataset of the same classes."
         )
-    return entry, _Task(f"{found.folder.uri}/{entry.name}", config.data.dataset, name, chosen, config)
+    prefix = protocol_prefix(chosen, name, len(target))
+    if not _is_own(found, entry, config.data.dataset, target):
+        prefix = f"{plain_name(config.data.dataset.rstrip('/').rpartition('/')[2])}.{prefix}"
+    before = found.folder.read_text(f"{_place(prefix, entry.step)}/{RESULT}")
+    if before is not None and Protocol.model_validate(json.loads(before)["protocol"]) != chosen:
+        raise UserError(
+            f"run {found.record.name} was evaluated as {prefix} under another protocol of that name; rename the "
+            "protocol's file, because metrics carry it."
+        )
+    return entry, _Task(f"{found.folder.uri}/{entry.name}", config.data.dataset, name, chosen, prefix, config)
+
+
+def _is_own(found: Run, entry: CheckpointEntry, dataset: str, target: Split) -> bool:
+    """True for the dataset the run was trained with, wherever it lies now: metrics of another one say which."""
+    if dataset == found.config().data.dataset:
+        return True
+    text = found.folder.read_text(f"{entry.name}/{CARD}")
+    own = DatasetCard.model_validate_json(text).splits.get(target.name) if text else None
+    return own is not None and own.shards == target.card.shards
+
+
+def _place(prefix: str, step: int) -> str:
+    """Where an evaluation lies, below the run's folder and among its artifacts."""
+    return f"{EVALUATIONS}/{prefix.replace('/', '.')}/step_{step:08d}"
 
 
 def _description(found: Run, entry: CheckpointEntry) -> Description:
@@ -150,15 +177,17 @@ class _Part:
 
     def __init__(self, task: _Task, device: torch.device) -> None:
         config = task.config
+        if (
+            device.type == "cpu"
+        ):  # the network takes all there is: processes that decode would only start, chunk by chunk
+            config = apply_overrides(config, {"data.loader_processes": 0})
         self.task, self.device = task, device
         self.split: Split = open_dataset(task.dataset).split(task.split)
-        side = task.protocol.size or config.views.crop
-        sides = [side * scale for scale in task.protocol.scales] if task.protocol.resize == "square" else []
         source = RunFolder(task.source)
         if not source.exists():
             raise UserError(f"the checkpoint {task.source} was replaced by a newer one meanwhile; evaluate again.")
         with source.local_copy("") as folder:
-            trained = load_trained(folder, device, sides)
+            trained = load_trained(folder, device, task.protocol)
         self.scorer = Scorer(
             trained.online,
             trained.assignment,
@@ -260,7 +289,7 @@ def _keep(
     found: Run, config: Config, report: Report, findings: Findings, tiles: dict[int, Tile], track: bool
 ) -> Report:
     """Write the report into the run's folder, and to its MLflow run."""
-    place = f"{EVALUATIONS}/{report.prefix.replace('/', '.')}/step_{report.step:08d}"
+    place = _place(report.prefix, report.step)
     report = replace(report, folder=f"{found.folder.uri}/{place}")
     with tempfile.TemporaryDirectory(prefix="cosa-ray-evaluation-") as temporary:
         write_report(Path(temporary), report, findings, tiles)

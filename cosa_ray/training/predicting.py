@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from cosa_ray.config.load import check
 from cosa_ray.config.protocol import NetworkName, in_run_protocol, load_protocol
 from cosa_ray.config.schema import Config
 from cosa_ray.data.dataset import open_dataset
@@ -23,7 +21,7 @@ from cosa_ray.data.voc import CLASSES as VOC_CLASSES
 from cosa_ray.errors import RunFailed, UserError
 from cosa_ray.evaluation.batch import MASKS, BatchPrediction, Item, Outcome, items_of, items_of_split
 from cosa_ray.evaluation.prediction import MaskSource
-from cosa_ray.evaluation.trained import CONFIG, Description, is_model
+from cosa_ray.evaluation.trained import Description, is_model, read_config
 from cosa_ray.training.models import find_model
 from cosa_ray.training.ray_train import ray_cluster
 
@@ -85,7 +83,7 @@ def predict(
             raise UserError(
                 f"{model} holds no trained model; give a run, a checkpoint's folder, or models:/name@alias."
             )
-        config = check(yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")), f"{model}/{CONFIG}")
+        config = read_config(folder)
         described = Description.read(folder)
     if source == "segmentation" and described.step <= config.training.warmup_iters:
         raise UserError(
@@ -98,6 +96,10 @@ def predict(
         )
     chosen = load_protocol(protocol) if protocol else in_run_protocol(config)
     items = _items(images, dataset, split, labels, labels_given, described.classes)
+    if voc_test and len({item.name.rpartition("/")[2] for item in items}) < len(items):
+        raise UserError(
+            "--voc-test needs pictures of different names, because the archive has no folders; rename them."
+        )
     if source == "cam" and any(item.labels is None for item in items):
         raise UserError("pseudo-labels from CAMs need the pictures' classes: give --labels FILE, or a dataset's split.")
     target = _free(out)
@@ -120,15 +122,14 @@ def predict(
             f"none of the {len(items)} pictures could be predicted; the first, {skipped[0][0]}: {skipped[0][1]}."
         )
     used = network or described.better_network
-    archive = _voc_archive(target, outcomes) if voc_test else None
     result = PredictResult(
-        wanted.out, reference.uri, used, chosen.model_dump(mode="json"), len(outcomes) - len(skipped), skipped, archive
+        wanted.out, reference.uri, used, chosen.model_dump(mode="json"), len(outcomes) - len(skipped), skipped
     )
     classes = {
         o.name: {"classes": list(o.classes), "height": o.height, "width": o.width} for o in outcomes if not o.reason
     }
     target.child(REPORT).write((json.dumps({**result.as_json(), "pictures": classes}, indent=1) + "\n").encode())
-    return result
+    return replace(result, archive=_voc_archive(target, outcomes)) if voc_test else result
 
 
 def _items(
@@ -227,8 +228,9 @@ def _voc_archive(target: Place, outcomes: Sequence[Outcome]) -> str:
     with tarfile.open(fileobj=stream, mode="w:gz") as archive:
         for outcome in outcomes:
             if outcome.reason:
-                raise UserError(
-                    f"the test server wants every picture, and {outcome.name} was skipped: {outcome.reason}."
+                raise RunFailed(
+                    f"the test server wants every picture, and {outcome.name} was skipped: {outcome.reason}; the masks "
+                    f"of the others are in {target.uri}."
                 )
             data = target.child(MASKS).child(f"{outcome.name}.png").read()
             entry = tarfile.TarInfo(f"{_VOC_FOLDER}/{outcome.name.rpartition('/')[2]}.png")

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cosa_ray.config.load import dump_config
+from cosa_ray.config.protocol import in_run_protocol
 from cosa_ray.config.schema import Config
 from cosa_ray.data.card import CARD, DatasetCard
 from cosa_ray.data.remote import fetch
@@ -61,7 +62,7 @@ class TrainState:
             image_size=config.views.crop,
             initialise=initialise,
             sides=[config.views.crop * scale for scale in config.assignment.scales]
-            + [(config.evaluation.size or config.views.crop) * scale for scale in config.evaluation.scales],
+            + in_run_protocol(config).sides(config.views.crop),
         ).to(device)
         # An exact copy of ON, heads included (the release's own random heads were a slip; method.md 1).
         self.assignment = deepcopy(self.online).requires_grad_(False).eval()

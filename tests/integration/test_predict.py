@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,17 +21,19 @@ from PIL import Image
 
 from cosa_ray.config.schema import Config
 from cosa_ray.data.dataset import open_dataset
+from cosa_ray.data.importing import import_dataset
 from cosa_ray.errors import RunFailed, UserError
 from cosa_ray.evaluation.report import Report, read_per_image
-from cosa_ray.evaluation.trained import load_trained
+from cosa_ray.evaluation.trained import Description, load_trained
 from cosa_ray.training.driver import train
 from cosa_ray.training.evaluating import evaluate_run
 from cosa_ray.training.models import find_model, register_run
 from cosa_ray.training.predicting import predict
 from cosa_ray.training.runs import find_run
 from cosa_ray.training.session import Progress
-from tests.conftest import ROOT, history
-from tests.unit.tiny_sets import photo
+from cosa_ray.training.state import TrainState
+from tests.conftest import ROOT, history, tiny_config
+from tests.unit.tiny_sets import photo, voc_folder
 
 
 @pytest.fixture
@@ -204,24 +207,68 @@ def test_pseudo_labels_of_a_split_from_both_sources(trained_run: Path, tmp_path:
         predict(str(trained_run), out=str(tmp_path / "x"), dataset=config.data.dataset, split="test", local=True)
 
 
-def test_voc_test_archive_has_the_servers_layout(trained_run: Path, pictures: Path, tmp_path: Path) -> None:
-    """A run whose classes are VOC's: the same weights with 20 heads are not needed, the layout is what is checked."""
-    from cosa_ray.data.remote import place
-    from cosa_ray.evaluation.batch import Outcome
-    from cosa_ray.training.predicting import _voc_archive
-
-    out = tmp_path / "out"
-    predict(str(trained_run), [str(pictures / "a.jpg"), str(pictures / "b.png")], out=str(out), local=True)
-    outcomes = [Outcome(name, "", (), 1, 1) for name in ("a", "b")]
-    where = _voc_archive(place(str(out)), outcomes)
-    with tarfile.open(where) as archive:
+def test_voc_test_archive_has_the_servers_layout(tmp_path: Path) -> None:
+    """A model of VOC's 20 classes, random weights: what goes to the server is what lies in the folder."""
+    source = voc_folder(tmp_path / "source")
+    import_dataset("voc", str(source), str(tmp_path / "voc"), local=True)
+    card = open_dataset(str(tmp_path / "voc")).card
+    config = tiny_config(str(tmp_path / "voc"), tmp_path)
+    model = tmp_path / "model"
+    model.mkdir()
+    thresholds = {"background": 0.4, "background_aux": 0.4}
+    described = Description("untrained", 20, list(card.classes), {}, "assignment", 0.0, thresholds)
+    TrainState(config, 20, torch.device("cpu")).save(model, card, described)
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in (8, 9):
+        (images / f"2008_00000{number}.jpg").write_bytes(photo(50, 40, seed=number))
+    result = predict(str(model), [str(images)], out=str(tmp_path / "out"), voc_test=True, local=True)
+    with tarfile.open(result.archive) as archive:
         names = archive.getnames()
-        assert names == [f"results/VOC2012/Segmentation/comp6_test_cls/{name}.png" for name in ("a", "b")]
+        assert names == [f"results/VOC2012/Segmentation/comp6_test_cls/2008_00000{number}.png" for number in (8, 9)]
         stored = archive.extractfile(names[0])
         assert stored is not None
-        assert stored.read() == (out / "masks" / "a.png").read_bytes()
-    with pytest.raises(UserError, match="wants every picture"):
-        _voc_archive(place(str(out)), [*outcomes, Outcome("c", "it is broken", (), 0, 0)])
+        data = stored.read()
+    assert data == (tmp_path / "out" / "masks" / "2008_000008.png").read_bytes()
+    mask = Image.open(io.BytesIO(data))
+    assert (mask.mode, mask.size) == ("P", (50, 40))
+    assert mask.getpalette()[3:6] == [128, 0, 0], "VOC's colour of aeroplane"
+    # A picture too few is no entry; what was predicted stays, and is written down.
+    (images / "2008_000010.jpg").write_bytes(b"broken")
+    with pytest.raises(RunFailed, match="2008_000010 was skipped"):
+        predict(str(model), [str(images)], out=str(tmp_path / "more"), voc_test=True, local=True)
+    assert not (tmp_path / "more" / "results.tgz").exists()
+    assert set(json.loads((tmp_path / "more" / "predictions.json").read_text())["pictures"]) == {
+        "2008_000008",
+        "2008_000009",
+    }
+    (images / "below").mkdir()
+    (images / "below" / "2008_000008.jpg").write_bytes(photo(50, 40))
+    with pytest.raises(UserError, match="different names"):
+        predict(str(model), [str(images)], out=str(tmp_path / "third"), voc_test=True, local=True)
+
+
+def test_numbers_of_other_data_or_another_protocol_do_not_take_a_name(trained_run: Path, tmp_path: Path) -> None:
+    import_dataset("shapes", None, str(tmp_path / "others"), train=4, val=5, size=48, seed=9, local=True)
+    run = str(trained_run)
+    keys = {"local": True, "track": False}
+    own = evaluate_run(run, protocol="single_scale", **keys)
+    others = evaluate_run(run, protocol="single_scale", dataset=str(tmp_path / "others"), **keys)
+    assert (own.prefix, others.prefix) == ("val/single_scale", "others.val/single_scale")
+    assert Path(own.folder or "", "result.json").exists()
+    assert json.loads(Path(own.folder or "", "result.json").read_text())["metrics"] == pytest.approx(own.metrics)
+    # The same data somewhere else is the run's own.
+    moved = tmp_path / "moved"
+    shutil.copytree(find_run(run).config().data.dataset, moved)
+    assert evaluate_run(run, protocol="single_scale", dataset=str(moved), **keys).prefix == "val/single_scale"
+    file = tmp_path / "mine.yaml"
+    file.write_text("scales: [1.0]\nflip: false\n")
+    before = evaluate_run(run, protocol=str(file), **keys)
+    file.write_text("scales: [0.5]\nflip: false\n")
+    with pytest.raises(UserError, match="another protocol of that name"):
+        evaluate_run(run, protocol=str(file), **keys)
+    saved = json.loads(Path(before.folder or "", "result.json").read_text())
+    assert saved["protocol"]["scales"] == [1.0]
 
 
 def test_a_report_says_everything_and_is_in_mlflow(trained_run: Path) -> None:

@@ -45,15 +45,15 @@ def loops(image: torch.Tensor, maps: torch.Tensor, dilations: tuple[int, ...], i
             for j in range(width):
                 alike = []
                 places = [at(i, j, step) for step in steps]
-                for k, l in places:  # noqa: E741
+                for row, column in places:
                     terms = []
                     for c in range(3):
                         colours = [image[c, y, x].item() for y, x in places]
                         unit = statistics.stdev(colours) + 1e-8
-                        terms.append((abs(image[c, k, l].item() - image[c, i, j].item()) / unit / 0.3) ** 2)
+                        terms.append((abs(image[c, row, column].item() - image[c, i, j].item()) / unit / 0.3) ** 2)
                     alike.append(math.exp(-sum(terms) / 3))
-                for (k, l), a, n in zip(places, alike, near, strict=True):  # noqa: E741
-                    result[:, i, j] += (a / sum(alike) + 0.01 * n / sum(near)) * maps[:, k, l]
+                for (row, column), a, n in zip(places, alike, near, strict=True):
+                    result[:, i, j] += (a / sum(alike) + 0.01 * n / sum(near)) * maps[:, row, column]
         maps = result
     return maps
 

@@ -30,7 +30,7 @@ def checkpoint(golden, tmp_path: Path) -> Path:
     return file
 
 
-def five_class_set(golden_classes: int, folder: Path) -> str:
+def five_class_set(folder: Path) -> str:
     from cosa_ray.data.importing import import_dataset
 
     out = str(folder / "shapes")
@@ -41,7 +41,7 @@ def five_class_set(golden_classes: int, folder: Path) -> str:
 @pytest.mark.golden
 def test_the_run_gives_the_releases_numbers(golden, checkpoint: Path, tmp_path: Path) -> None:
     arrays = golden("network")
-    dataset = five_class_set(5, tmp_path)
+    dataset = five_class_set(tmp_path)
     storage = str(tmp_path / "runs")
     found = import_release(
         str(checkpoint), name="released", heads=4, crop=64, dataset=dataset, storage=storage, track=False
@@ -68,7 +68,7 @@ def test_the_run_gives_the_releases_numbers(golden, checkpoint: Path, tmp_path: 
 
 @pytest.mark.golden
 def test_an_imported_run_is_tracked_and_its_name_taken(checkpoint: Path, tmp_path: Path, monkeypatch) -> None:
-    dataset, storage = five_class_set(5, tmp_path), str(tmp_path / "runs")
+    dataset, storage = five_class_set(tmp_path), str(tmp_path / "runs")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     keys = {"heads": 4, "crop": 64, "dataset": dataset, "storage": storage}
     found = import_release(str(checkpoint), name="released", **keys)
@@ -106,7 +106,7 @@ def test_what_does_not_fit_is_listed(checkpoint: Path, tmp_path: Path, change, k
         else:
             content["model"][f"module.{key}"] = value
     torch.save(content, checkpoint)
-    given = {"heads": 4, "crop": 64, "dataset": five_class_set(5, tmp_path), "storage": str(tmp_path / "runs"), **keys}
+    given = {"heads": 4, "crop": 64, "dataset": five_class_set(tmp_path), "storage": str(tmp_path / "runs"), **keys}
     with pytest.raises(UserError) as refused:
         import_release(str(checkpoint), name="released", track=False, **given)
     assert said in str(refused.value)
