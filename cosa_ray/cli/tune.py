@@ -24,6 +24,9 @@ def tune(
     set_: Set = None,
     name: Annotated[str | None, typer.Option(help="Name of the sweep; its folder is STORAGE/NAME.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the sweep of this name.")] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="With --resume: failed trials go on from their last checkpoint.")
+    ] = False,
     no_track: Annotated[bool, typer.Option("--no-track", help="Without MLflow.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -38,6 +41,8 @@ def tune(
 
     if resume and name is None:
         raise UserError("--resume needs the --name of the sweep to continue.")
+    if retry_failed and not resume:
+        raise UserError("--retry-failed is for a sweep that is continued; add --resume.")
     sweep, base = load_sweep(file, set_ or [])
     name = name or f"{find_sweep(file).stem}-sweep-{time.strftime('%Y%m%d-%H%M%S')}"
     with json_only(as_json) as emit:
@@ -45,7 +50,16 @@ def tune(
         from cosa_ray.tuning.sweep import run_sweep
 
         with sweep_progress() as show:
-            result = run_sweep(sweep, base, name=name, resume=resume, track=not no_track, show=show)
+            result = run_sweep(
+                sweep,
+                base,
+                name=name,
+                resume=resume,
+                retry_failed=retry_failed,
+                track=not no_track,
+                show=show,
+                say=say,
+            )
         if not as_json:
             print_sweep(result)
         if result.best is not None:
@@ -60,25 +74,27 @@ def tune(
 
 def print_sweep(result: SweepResult) -> None:
     """Print a sweep's trials, best first, and why those that failed did."""
-    keys = list(result.trials[0].values) if result.trials else []
-    best_first = sorted(
-        result.trials,
-        key=lambda trial: (trial.score is None, (trial.score or 0.0) * (-1 if result.mode == "max" else 1)),
-    )
+    keys = list(dict.fromkeys(key for trial in result.trials for key in trial.values))
+    metrics = list(result.metrics) or [result.metric]
+    seeds = len({trial.configuration for trial in result.trials}) < len(result.trials)
     rows = [
         [
-            f"{trial.id} *" if trial is result.best else trial.id,
+            f"{trial.id} *" if trial is result.best or trial.id in result.front else trial.id,
             STATES.get(trial.state, trial.state),
             str(trial.step),
-            _number(trial.score),
-            *(_number(trial.values[key]) for key in keys),
+            *(_number(trial.scores.get(metric)) for metric in metrics),
+            *([str(trial.seed)] if seeds else []),
+            *(_number(trial.values.get(key)) for key in keys),
         ]
-        for trial in best_first
+        for trial in result.ranked()
     ]
-    table(f"{result.name}: {result.state}, by {result.metric}", ["trial", "state", "step", result.metric, *keys], rows)
+    columns = ["trial", "state", "step", *metrics, *(["seed"] if seeds else []), *keys]
+    table(f"{result.name}: {result.state}, by {' and '.join(metrics)}", columns, rows)
     for trial in result.trials:
         if trial.state == "failed":
-            say(f"trial {trial.id} failed: {trial.cause} (folder {trial.folder})")
+            say(f"trial {trial.id} failed ({trial.kind}): {trial.cause} (folder {trial.folder})")
+    if result.cause:
+        say(f"it ended because {result.cause}")
 
 
 @contextlib.contextmanager
@@ -98,27 +114,37 @@ def sweep_progress() -> Iterator[Callable[[SweepProgress], None]]:
     from rich.live import Live
 
     with Live(console=Console(stderr=True), auto_refresh=False) as live:
-        yield lambda progress: live.update(_live_table(progress), refresh=True)
+        yield lambda progress: live.update(live_table(progress), refresh=True)
 
 
-def _live_table(progress: SweepProgress) -> Any:
+def live_table(progress: SweepProgress) -> Any:
+    """A sweep at one moment as a table for a terminal."""
     from rich.table import Table
 
-    shown = Table(title=progress.line().split("  running:")[0], title_justify="left")
-    keys = list(progress.rows[0].values) if progress.rows else []
-    for index, column in enumerate(("trial", "state", "step", f"best {progress.metric}", *keys)):
+    shown = Table(title=progress.line().replace("  running: none", ""), title_justify="left")
+    columns, rows = trial_rows(progress)
+    for index, column in enumerate(columns):
         shown.add_column(column, justify="left" if index < 2 else "right", overflow="fold")
     best = progress.best
-    for row in progress.rows:
-        shown.add_row(
+    for row, trial in zip(rows, progress.rows, strict=True):
+        shown.add_row(*row, style="bold" if best is not None and trial.id == best.id else None)
+    return shown
+
+
+def trial_rows(progress: SweepProgress) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of a sweep's trials."""
+    keys = list(dict.fromkeys(key for row in progress.rows for key in row.values))
+    rows = [
+        [
             row.id,
             f"running ({row.phase})" if row.state == "running" and row.phase else STATES.get(row.state, row.state),
             f"{row.step}/{row.steps}",
             _number(row.score),
-            *(_number(row.values[key]) for key in keys),
-            style="bold" if best is not None and row.id == best.id else None,
-        )
-    return shown
+            *(_number(row.values.get(key)) for key in keys),
+        ]
+        for row in progress.rows
+    ]
+    return ["trial", "state", "step", f"best {progress.metric}", *keys], rows
 
 
 def _number(value: Any) -> str:

@@ -109,8 +109,11 @@ def resolve(config: Config, track: bool = True) -> Config:
     return apply_overrides(config, changes, "resolved config")
 
 
-def preflight(config: Config, *, initialise: bool = True) -> None:
-    """Find the user's mistakes before anything starts: dataset, splits, weights, backbone, evaluation masks."""
+def preflight(config: Config, *, initialise: bool = True) -> tuple[int, int]:
+    """Find the user's mistakes before anything starts: dataset, splits, weights, backbone, evaluation masks.
+
+    Returns the bytes of a checkpoint, whole and of its weights alone.
+    """
     import torch
 
     from cosa_ray.data.dataset import open_dataset
@@ -130,6 +133,7 @@ def preflight(config: Config, *, initialise: bool = True) -> None:
         source = find_run(config.init_from, config.storage)
         with source.folder.local_copy(source.best().name) as folder:
             state.start_from(folder)
+    return state.checkpoint_bytes()
 
 
 def prepare(

@@ -30,11 +30,12 @@ from cosa_ray.training.storage import CheckpointEntry, CheckpointStore, RunFolde
 
 log = logging.getLogger(__name__)
 PROGRESS_SECONDS = 1.0
+_STATUS = {"finished": "FINISHED", "stopped": "KILLED", "paused": "RUNNING"}
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker is handed: picklable, resolved, with absolute paths."""
+    """What a worker is handed: picklable, resolved, with absolute paths. `pause_at`: step to pause at, if any."""
 
     name: str
     folder: str
@@ -42,11 +43,15 @@ class Job:
     tracking: Tracking | None
     cpus_per_worker: float | None = None
     init_from: str | None = None
+    pause_at: int | None = None
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How the loop ended: `finished`, `stopped` (on request) or `diverged` (with the cause), after how many steps."""
+    """How the loop ended, and after how many steps.
+
+    `finished`, `paused` (at the step it was told to), `stopped` (on request), `diverged` or `failed` (with the cause).
+    """
 
     state: str
     step: int
@@ -105,17 +110,18 @@ class _Run:
             outcome = Outcome("failed", self.state.step, f"{type(error).__name__}: {error}")
             raise
         finally:
-            self.tracker.finish({"finished": "FINISHED", "stopped": "KILLED"}.get(outcome.state, "FAILED"))
+            self.tracker.finish(_STATUS.get(outcome.state, "FAILED"))
             self.session.close()
 
     def _steps(self) -> Outcome:
         config, state = self.config, self.state
-        total = config.training.steps
+        total = config.training.steps if self.job.pause_at is None else self.job.pause_at
+        ended = "finished" if total >= config.training.steps else "paused"
         # A restart: killed between its checkpoint and its report, an evaluation has not reached the scheduler.
         self._report()
         if state.step >= total:
-            return Outcome("finished", state.step)
-        with closing(self._batches()) as batches:
+            return Outcome(ended, state.step)
+        with closing(self._batches(total)) as batches:
             while state.step < total:
                 before = time.perf_counter()
                 batch = next(batches)
@@ -140,9 +146,9 @@ class _Run:
                     self._report()
                 if stop and state.step < total:
                     return Outcome("stopped", state.step)
-        return Outcome("finished", state.step)
+        return Outcome(ended, state.step)
 
-    def _batches(self) -> Generator[TrainingBatch, None, None]:
+    def _batches(self, stop_step: int) -> Generator[TrainingBatch, None, None]:
         config = self.config
         yield from training_batches(
             self.train_split,
@@ -150,7 +156,7 @@ class _Run:
             views=config.views,
             batch_size=config.training.batch_size,
             start_step=self.state.step,
-            stop_step=config.training.steps,
+            stop_step=stop_step,
             rank=self.workers.rank,
             world=self.workers.world,
             processes=config.data.loader_processes,
@@ -242,7 +248,7 @@ class _Run:
             metrics["perf/step_seconds"] = config.training.batch_size / rate
             elapsed = time.perf_counter() - self._started
             metrics["perf/data_wait_share"] = self._waited / elapsed
-        metrics[f"cost/{'gpu' if self.workers.device.type == 'cuda' else 'cpu'}_hours"] = self._worker_seconds() / 3600
+        metrics[self._cost] = self._worker_seconds() / 3600
         self._marks.append((time.perf_counter(), state.step))
         del self._marks[:-20]
         self.tracker.log(metrics, state.step)
@@ -252,9 +258,15 @@ class _Run:
         (start, first), (end, last) = self._marks[0], (time.perf_counter(), self.state.step)
         return (last - first) * self.config.training.batch_size / (end - start) if last > first else None
 
+    @property
+    def _cost(self) -> str:
+        """Name of the metric of what the run has cost."""
+        return f"cost/{'gpu' if self.workers.device.type == 'cuda' else 'cpu'}_hours"
+
     def _worker_seconds(self) -> float:
-        """Seconds this run has cost, earlier attempts included: wall time x workers (GPUs, or CPU threads)."""
-        units = 1 if self.workers.device.type == "cuda" else torch.get_num_threads()
+        """Seconds this run has cost, earlier attempts included: wall time x workers x (GPUs each, or CPU threads)."""
+        gpus = self.config.resources.gpus_per_worker or 1.0
+        units = gpus if self.workers.device.type == "cuda" else torch.get_num_threads()
         return self._seconds_before + self.workers.world * units * (time.perf_counter() - self._started)
 
     def _show(self, force: bool = False) -> None:
@@ -273,6 +285,7 @@ class _Run:
                 miou=self.metrics.get(self.checkpoints.metric),
                 images_per_second=rate,
                 seconds_left=remaining / rate if rate else None,
+                hours=self._worker_seconds() / 3600,
             )
         )
 
@@ -334,7 +347,8 @@ class _Run:
     def _report(self) -> None:
         """Hand the newest evaluation to the scheduler; evaluations without the metric it orders by are left out."""
         if self.checkpoints.metric in self.metrics:
-            self.session.report({**self.metrics, "step": self.state.step})
+            hours = {self._cost: self._worker_seconds() / 3600}
+            self.session.report({**self.metrics, **hours, "step": self.state.step})
 
     def _restore(self, latest: CheckpointEntry | None) -> None:
         """Go on from the last registered checkpoint, else start from another run's weights, else afresh."""

@@ -13,7 +13,7 @@ POLL_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run is: shown in the progress line and in a sweep's table."""
+    """Where a run is: shown in the progress line and in a sweep's table. `hours`: of GPUs or CPU threads, so far."""
 
     run: str
     step: int
@@ -23,6 +23,7 @@ class Progress:
     miou: float | None = None
     images_per_second: float | None = None
     seconds_left: float | None = None
+    hours: float | None = None
 
     def line(self) -> str:
         """One plain line for logs and terminals without a cursor."""

@@ -48,6 +48,9 @@ def backbone_weights(config: Config) -> dict[str, Tensor] | None:
     return nested
 
 
+_SETTINGS = ("base_lr", "betas", "weight_decay")  # of a parameter group
+
+
 class TrainState:
     """Both networks, the optimiser, the thresholds and the number of steps done, on one device."""
 
@@ -78,6 +81,12 @@ class TrainState:
     def threshold_values(self) -> dict[str, float]:
         """Current thresholds by name, on the host."""
         return {name: value.item() for name, value in self.thresholds.values.items()}
+
+    def checkpoint_bytes(self) -> tuple[int, int]:
+        """Size of a checkpoint as it is written, and of its weights alone, to within the thresholds' rings."""
+        weights = sum(tensor.nbytes for tensor in self.online.state_dict().values())
+        moments = 2 * sum(parameter.nbytes for parameter in self.online.parameters())
+        return 2 * weights + moments, 2 * weights
 
     def gradient_norm(self) -> Tensor:
         """Global norm of the gradient, 0-dim on the device; not finite where any part of the gradient is not."""
@@ -134,7 +143,11 @@ class TrainState:
             )
         state: Mapping[str, Any] = torch.load(folder / FULL_STATE, map_location="cpu", weights_only=True)
         self.load_networks(folder)
+        # The settings are the config's: a trial that took over another's checkpoint goes on with its own.
+        own = [{key: group[key] for key in _SETTINGS} for group in self.optimiser.param_groups]
         self.optimiser.load_state_dict(state["optimiser"])
+        for group, settings in zip(self.optimiser.param_groups, own, strict=True):
+            group.update(settings)
         self.thresholds.load_state_dict(state["thresholds"])
         torch.set_rng_state(state["rng"])
         self.step = int(state["step"])

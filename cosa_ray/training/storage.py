@@ -183,6 +183,17 @@ class CheckpointStore:
             if entry not in needed:
                 self.folder.remove(entry.name)
 
+    def take_over(self, other: CheckpointStore, entry: CheckpointEntry, mark: str) -> None:
+        """Make a copy of another run's registered checkpoint the only one; `mark` goes into its folder's name."""
+        name = f"{self.FOLDER}/step_{entry.step:08d}_{mark}"
+        with other.folder.local_copy(entry.name) as local:
+            self.folder.put(local, name)
+        before = [each.name for each in self.entries() if each.name != name]
+        taken = asdict(CheckpointEntry(name, entry.step, entry.metrics))
+        self.folder.write_text(self.INDEX, json.dumps({"checkpoints": [taken]}, indent=1))
+        for each in before:
+            self.folder.remove(each)
+
     def sweep_orphans(self) -> list[str]:
         """Delete uploaded folders that were never registered; returns their names."""
         known = {entry.name for entry in self.entries()}

@@ -1,4 +1,4 @@
-"""The metric that orders the trials of a sweep: one that every trial reports, or the sweep is refused."""
+"""The metrics that order the trials of a sweep: those that every trial reports, or the sweep is refused."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cosa_ray.errors import UserError
 from cosa_ray.evaluation.evaluate import best_metric, metric_prefix
 from cosa_ray.evaluation.tally import tracked_names
 from cosa_ray.tuning.space import points
-from cosa_ray.tuning.sweepfile import Sweep
+from cosa_ray.tuning.sweepfile import Mode, Sweep
 
 _CAMS = (
     "cam_miou_best",
@@ -38,20 +38,23 @@ def reported(config: Config, classes: Sequence[str], images: int) -> list[str]:
     if config.training.warmup_iters < config.training.steps:
         names = [*_SEGMENTATION, *names, *(f"iou/{name}" for name in tracked_names(("background", *classes)))]
     prefix = metric_prefix(config, images)
-    return [*(f"{prefix}/{name}" for name in names), "train/loss"]
+    cost = f"cost/{'gpu' if config.resources.gpus_per_worker else 'cpu'}_hours"
+    return [*(f"{prefix}/{name}" for name in names), "train/loss", cost]
 
 
-def sweep_metric(sweep: Sweep, base: Config, where: str) -> str:
-    """The metric of a sweep: its own, else the one its base calls best.
+def sweep_metrics(sweep: Sweep, base: Config, where: str) -> dict[str, Mode]:
+    """The metrics of a sweep with their modes: its own, else the one its base calls best.
 
-    Raises UserError, with the nearest name, when a trial of the space would not report it.
+    Raises UserError, with the nearest name, when a trial of the space would not report one of them.
     """
     dataset = open_dataset(base.data.dataset)
 
     def names(config: Config) -> list[str]:
         return reported(config, dataset.classes, len(dataset.split(config.data.val_split)))
 
-    metric = sweep.metric or best_metric(base, metric_prefix(base, len(dataset.split(base.data.val_split))))
+    wanted = sweep.metric if isinstance(sweep.metric, tuple) else (sweep.metric,)
+    own = best_metric(base, metric_prefix(base, len(dataset.split(base.data.val_split))))
+    metrics = dict(zip((metric or own for metric in wanted), sweep.modes, strict=True))
     varied = [key for key in _NAMING if key in sweep.space]
     seen: set[tuple[object, ...]] = set()
     for point in points(sweep.space) if varied else [{}]:
@@ -60,11 +63,12 @@ def sweep_metric(sweep: Sweep, base: Config, where: str) -> str:
             continue
         seen.add(tuple(given.items()))
         known = names(apply_overrides(base, point, where) if given else base)
-        if metric not in known:
-            shown = ", ".join(f"{key}={value}" for key, value in given.items())
-            near = difflib.get_close_matches(metric, known, n=1, cutoff=0.5)
-            raise UserError(
-                f"{where}: no evaluation{f' with {shown}' if shown else ''} reports the metric {metric}"
-                + (f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known[:12])} and others.")
-            )
-    return metric
+        for metric in metrics:
+            if metric not in known:
+                shown = ", ".join(f"{key}={value}" for key, value in given.items())
+                near = difflib.get_close_matches(metric, known, n=1, cutoff=0.5)
+                raise UserError(
+                    f"{where}: no evaluation{f' with {shown}' if shown else ''} reports the metric {metric}"
+                    + (f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known[:12])} and others.")
+                )
+    return metrics

@@ -8,35 +8,53 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from cosa_ray.config.load import apply_overrides, dump_config
 from cosa_ray.config.schema import Config
 from cosa_ray.errors import RunFailed, UserError
-from cosa_ray.tuning.metrics import sweep_metric
+from cosa_ray.tuning.metrics import sweep_metrics
 from cosa_ray.tuning.parent import deliver_rest, parent_run, parent_tracking
 from cosa_ray.tuning.resources import Fit, Node, fit_resources
 from cosa_ray.tuning.results import (
     SweepResult,
     TrialResult,
+    best_trial,
+    pareto_front,
     prune,
     read_result,
     trial_result,
     write_best,
     write_result,
 )
-from cosa_ray.tuning.sweepfile import Sweep, check_sweep, dump_sweep, load_sweep
+from cosa_ray.tuning.search import Search
+from cosa_ray.tuning.sweepfile import (
+    RESUMABLE,
+    Mode,
+    Sweep,
+    check_sweep,
+    dump_sweep,
+    generations,
+    load_sweep,
+    rungs,
+    wanted,
+)
 from cosa_ray.tuning.tuner import run_trials, tune_settings
-from cosa_ray.tuning.watch import SweepProgress, Watch, best_of
+from cosa_ray.tuning.watch import SweepProgress, Watch
 
 if TYPE_CHECKING:
     from cosa_ray.training.storage import RunFolder
+    from cosa_ray.tuning.journal import Entry, Journal
+    from cosa_ray.tuning.population import Generations
     from cosa_ray.tuning.trial import Trials
 
 __all__ = ["Sweep", "SweepProgress", "SweepResult", "TrialResult", "load_sweep", "run_sweep"]
 log = logging.getLogger(__name__)
 SHOW_SECONDS = 1.0
+STATUS_SECONDS, REMOTE_STATUS_SECONDS = 2.0, 15.0
 SWEEP_FILE, BASE_FILE = "sweep.yaml", "base.yaml"
-# Of the 100 characters a run's name may have; a trial's is that of the sweep, a dash and Tune's id of 11 at most.
-NAME_LENGTH = 100 - 12
+# Of the 100 characters a run's name may have; a trial's is that of the sweep, a dash and its number.
+NAME_LENGTH = 100 - 8
 
 
 def run_sweep(
@@ -45,30 +63,44 @@ def run_sweep(
     *,
     name: str,
     resume: bool = False,
+    retry_failed: bool = False,
     track: bool = True,
     show: Callable[[SweepProgress], None] | None = None,
+    say: Callable[[str], None] = log.info,
 ) -> SweepResult:
     """Run all trials of a sweep and return how each ended; the function behind `cosa-ray tune`.
 
     Attaches to the cluster of RAY_ADDRESS, else starts one of this machine for the time of the sweep. Ctrl-C and
-    SIGTERM let running trials write a checkpoint and end the sweep as `stopped`; `resume` goes on with it, or returns
-    the result it has when it is finished. Raises UserError before anything starts, and with nothing left behind, when
-    something is wrong or does not fit; RunFailed when no trial succeeded.
+    SIGTERM let running trials write a checkpoint and end the sweep as `stopped`. `resume` goes on with a sweep whose
+    driver was stopped or killed, or whose trials or budget have been raised: ended trials stay as they are (with
+    `retry_failed`, those that failed go on from their last checkpoint), the others go on. Raises UserError before
+    anything starts, and with nothing left behind, when something is wrong or does not fit; RunFailed when no trial
+    succeeded, or too many failed in a row. `show` is told how far everything is, `say` once what is about to happen.
     """
     from cosa_ray.training.driver import preflight, ray_cluster, resolve
     from cosa_ray.training.storage import RunFolder
+    from cosa_ray.tuning.earlier import earlier_runs, keep_earlier
+    from cosa_ray.tuning.journal import Journal
+    from cosa_ray.tuning.size import check_size
 
-    check_sweep(sweep, base, f"sweep {name}")
+    where = f"sweep {name}"
+    check_sweep(sweep, base, where)
     config = resolve(base, track)
     folder = RunFolder(f"{config.storage.rstrip('/')}/{_check_name(name)}")
     # In this order: a sweep is there once its own file is.
     files = {BASE_FILE: dump_config(base), SWEEP_FILE: dump_sweep(sweep)}
     _check_folder(folder, name, files, resume)
-    if resume and (before := read_result(folder)) is not None and before.state == "finished":
+    journal = Journal(folder)
+    again = _again(journal, retry_failed)
+    before = read_result(folder) if resume else None
+    complete = not again and len(journal) >= wanted(sweep) * sweep.repeats
+    if complete and before is not None and before.state == "finished":
         log.warning("sweep %s is finished already; nothing to do", name)
         return _finished(before, sweep, config, folder, track)
-    preflight(config)
-    metric = sweep_metric(sweep, config, f"sweep {name}")
+    sizes = preflight(config)
+    metrics = sweep_metrics(sweep, config, where)
+    known = earlier_runs(sweep, config, metrics, folder, where)
+    search = Search(sweep, config, metrics, journal, known, again)
     with contextlib.ExitStack() as stack:
         stack.enter_context(tune_settings())
         stack.enter_context(ray_cluster())
@@ -76,13 +108,20 @@ def run_sweep(
 
         from cosa_ray.tracking.store import check_reachable
         from cosa_ray.training.session import start_monitor
-        from cosa_ray.tuning.trial import STORE, Trials
+        from cosa_ray.tuning import hooks
+        from cosa_ray.tuning.trial import STORE, Trials, settle
 
-        fit = _divide(sweep, config, resume)
+        pauses = tuple(generations(sweep, config, where)) if sweep.scheduler == "pbt" else ()
+        fit = _divide(sweep, config, search.total, drivers=search.total if pauses else None)
+        at_once = search.total if pauses else fit.concurrency
+        most = check_size(folder, sizes, trials=search.total - len(journal), at_once=at_once)
+        say(_plan(sweep, config, search.total, len(journal), fit, most))
         tracking = parent_tracking(config, name, folder.uri, track)
         if tracking is not None:
             check_reachable(tracking, sum(node["Alive"] for node in ray.nodes()))
-        for file, content in files.items() if not resume else ():
+        if known:
+            keep_earlier(folder, known)
+        for file, content in files.items():
             folder.write_text(file, content)
         monitor = start_monitor(fit.concurrency)
         if tracking is not None:
@@ -91,43 +130,101 @@ def run_sweep(
         trials = Trials(
             sweep=name,
             config=apply_overrides(config, {"resources.cpus_per_worker": fit.cpus_per_worker}, "resources"),
-            space=sweep.space,
-            metric=metric,
+            metric=next(iter(metrics)),
             monitor=monitor,
             track=track,
             parent_run_id=parent.run_id,
+            pauses=pauses,
         )
-        watch = _watch(sweep, trials)
-        with _showing(watch, monitor, show):
-            tune_trials = run_trials(sweep, base, trials, fit.concurrency, folder.uri, watch, resume)
-        results = [trial_result(trial, trials, watch) for trial in tune_trials]
-        succeeded = [result for result in results if result.state in ("finished", "stopped_early")]
-        best = best_of(succeeded, sweep.mode, score=lambda result: result.score)
-        done = not watch.interrupted and len(results) >= sweep.trials
-        result = SweepResult(
-            name=name,
-            folder=folder.uri,
-            state="stopped" if not done else "finished" if best else "failed",
-            metric=metric,
-            mode=sweep.mode,
-            parent_run_id=None,
-            tracking_uri=parent.uri,
-            trials=results,
-            best=best,
-            best_file=write_best(folder, base, name, metric, best) if best else None,
-        )
-        result = deliver_rest(tracking, parent.finish(result))
+        watch = _watch(sweep, trials, metrics, search.total, journal, folder)
+        drive = hooks.Drive(watch, search, sweep.scheduler)
+        if pauses:
+            drive.generations = _generations(sweep, trials, metrics, watch, folder)
+        with _showing(watch, monitor, folder, show):
+            try:
+                run_trials(sweep, config, trials, at_once, folder, drive)
+            finally:
+                # Also when Tune itself breaks down: no run may stay open.
+                for entry in journal.entries():
+                    if entry.state in ("running", "pending"):
+                        ended = settle(trials, entry, killed=True, interrupted=True, said=lambda key: None)
+                        journal.update(entry.number, state=ended.state, step=ended.step)
+        result = _result(sweep, base, trials, metrics, watch, folder, parent.uri)
+        result = deliver_rest(tracking, parent.finish(result, journal.entries()))
     write_result(folder, result)
     if result.state == "finished" and sweep.keep == "best":
         prune(result)
     if result.state == "failed":
-        causes = [trial.cause for trial in results if trial.cause]
-        raise RunFailed(
-            f"sweep {name}: none of its {len(results)} trials succeeded"
-            + (f"; the first failed because of: {causes[0]}" if causes else f"; none reported {metric}")
-            + f" (folder {folder.uri})."
-        )
+        raise RunFailed(f"{where}: {result.cause} (folder {folder.uri}).")
     return result
+
+
+def _plan(sweep: Sweep, config: Config, total: int, known: int, fit: Fit, most: str) -> str:
+    """What is about to happen, in one sentence."""
+    words = f"{total} trials" + (f", {known} of them known already," if known else "")
+    words += f" of up to {config.training.steps} steps, {fit.concurrency} at a time, {fit.cpus_per_worker:g} CPUs"
+    words += f" and {fit.gpus_per_worker:g} GPUs" if fit.gpus_per_worker else ""
+    words += f" a worker; checkpoints take up to {most}"
+    if sweep.scheduler in ("asha", "hyperband"):
+        words += f"; trials that fall behind end at steps {', '.join(map(str, rungs(sweep, config)))}"
+    elif sweep.scheduler == "pbt":
+        words += f"; generations at steps {', '.join(map(str, generations(sweep, config)))}"
+    return words
+
+
+def _again(journal: Journal, retry_failed: bool) -> list[int]:
+    """Trials that go on when the sweep is resumed."""
+    from cosa_ray.tuning.journal import ENDED
+
+    states = [state for state in ENDED if not (retry_failed and state == "failed")]
+    again = [entry for entry in journal.entries() if entry.state not in states]
+    for entry in again:
+        if entry.state == "failed":
+            journal.update(entry.number, state="interrupted", kind=None, cause=None)
+    return [entry.number for entry in again]
+
+
+def _result(
+    sweep: Sweep,
+    base: Config,
+    trials: Trials,
+    metrics: Mapping[str, Mode],
+    watch: Watch,
+    folder: RunFolder,
+    uri: str | None,
+) -> SweepResult:
+    """What the sweep came to, by its journal."""
+    results = [trial_result(entry, trials, metrics) for entry in watch.journal.entries()]
+    best = best_trial(results, metrics)
+    metric, mode = next(iter(metrics.items()))
+    cause, state = watch.ending, "finished"
+    if watch.failed:
+        state = "failed"
+    elif watch.interrupted:
+        state = "stopped"
+    elif best is None:
+        state = "failed"
+        causes = [trial.cause for trial in results if trial.cause]
+        said = f"the first failed because of: {causes[0]}" if causes else f"none reported {metric}"
+        cause = cause or f"none of its {len(results)} trials succeeded; {said}"
+    return SweepResult(
+        name=watch.sweep,
+        folder=folder.uri,
+        state=state,
+        metric=metric,
+        mode=mode,
+        parent_run_id=None,
+        tracking_uri=uri,
+        trials=results,
+        best=best,
+        best_file=write_best(folder, base, watch.sweep, metric, best) if best else None,
+        metrics=dict(metrics),
+        front=[trial.id for trial in pareto_front(results, metrics)] if len(metrics) > 1 else [],
+        cause=cause,
+        hours=sum(trial.hours for trial in results),
+        hours_of="gpu" if base.resources.gpus_per_worker else "cpu",
+        seconds=watch.progress().seconds,
+    )
 
 
 def _check_name(name: str) -> str:
@@ -154,10 +251,16 @@ def _check_folder(folder: RunFolder, name: str, files: Mapping[str, str], resume
     if folder.read_text(SWEEP_FILE) is None:
         raise UserError(f"no sweep {name} in {folder.uri} to resume; start it without --resume.")
     for file, content in files.items():
-        if folder.read_text(file) != content:
+        before, now = (yaml.safe_load(text or "{}") for text in (folder.read_text(file), content))
+        for key in RESUMABLE if file == SWEEP_FILE else ():
+            before.pop(key, None)
+            now.pop(key, None)
+        if before != now:
+            changed = next(key for key in {**before, **now} if before.get(key) != now.get(key))
             raise UserError(
-                f"sweep {name} was started with other settings than these ({folder.uri}/{file} differs); "
-                "resume it with the same file and overrides, or start a new one under another --name."
+                f"sweep {name} was started with other settings than these ({changed} of {folder.uri}/{file} differs); "
+                f"resume it with the same file and overrides (only {', '.join(RESUMABLE)} may change), or start a new "
+                "one under another --name."
             )
 
 
@@ -171,72 +274,109 @@ def _finished(result: SweepResult, sweep: Sweep, config: Config, folder: RunFold
     return after
 
 
-def _divide(sweep: Sweep, config: Config, resume: bool) -> Fit:
-    """Divide the cluster this process is attached to.
-
-    Resumed, a sweep may start the drivers of all its trials at once: the interrupted ones beside new ones.
-    """
+def _divide(sweep: Sweep, config: Config, trials: int, drivers: int | None) -> Fit:
+    """Divide the cluster this process is attached to; a population has a driver for each of its trials at once."""
     import ray
 
     nodes = [node for node in ray.nodes() if node["Alive"]]
     cluster = [Node(node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0)) for node in nodes]
-    fit = fit_resources(
+    return fit_resources(
         cluster,
         workers=config.workers,
-        trials=sweep.trials,
+        trials=trials,
         cpus_per_worker=config.resources.cpus_per_worker,
         gpus_per_worker=config.resources.gpus_per_worker,
         concurrency=sweep.concurrency,
-        drivers=sweep.trials if resume else None,
+        drivers=drivers,
     )
-    log.info("%s trials at a time, %s CPUs a worker", fit.concurrency, fit.cpus_per_worker)
-    return fit
 
 
-def _watch(sweep: Sweep, trials: Trials) -> Watch:
+def _watch(
+    sweep: Sweep, trials: Trials, metrics: Mapping[str, Mode], total: int, journal: Journal, folder: RunFolder
+) -> Watch:
     """What is known of the sweep while it runs, and its ways to reach the trials."""
     import ray
 
-    from cosa_ray.tuning.trial import is_marked, mark_given_up
+    from cosa_ray.tuning.trial import mark_given_up, settle
 
     monitor = trials.monitor
 
-    def end_trial(trial_id: str) -> None:
-        mark_given_up(trials.folder(trial_id))
-        ray.get(monitor.stop.remote(trials.name(trial_id)))
+    def end_trial(entry: Entry, by: str) -> None:
+        mark_given_up(trials.folder(entry.id), by)
+        ray.get(monitor.stop.remote(trials.name(entry.id)))
 
-    return Watch(
+    def settled(entry: Entry, killed: bool) -> Entry:
+        # A driver that was killed has not given its place back itself.
+        monitor.release.remote(trials.name(entry.id))
+        return settle(
+            trials,
+            entry,
+            killed=killed,
+            interrupted=watch.interrupted,
+            said=lambda key: ray.get(monitor.kept.remote(key)),
+        )
+
+    watch = Watch(
         trials.sweep,
-        trials.metric,
-        sweep.mode,
-        sweep.trials,
+        metrics,
+        total,
+        journal,
+        folder,
         steps=lambda values: trials.trial_config(values).training.steps,
         end_trial=end_trial,
         end_all=lambda: ray.get(monitor.stop.remote()),
-        # A driver that was killed has not given its place back itself.
-        ended=lambda trial_id: monitor.release.remote(trials.name(trial_id)),
-        marked=lambda trial_id: is_marked(trials.folder(trial_id)),
+        settle=settled,
+        failures=sweep.failures,
+        budget=sweep.budget,
+    )
+    return watch
+
+
+def _generations(
+    sweep: Sweep, trials: Trials, metrics: Mapping[str, Mode], watch: Watch, folder: RunFolder
+) -> Generations:
+    """The population's decisions, and their ways to reach the trials."""
+    import ray
+
+    from cosa_ray.tuning.population import Generations
+    from cosa_ray.tuning.trial import copy_trial, generation
+
+    metric, mode = next(iter(metrics.items()))
+    return Generations(
+        sweep,
+        list(trials.pauses),
+        metric,
+        mode,
+        watch.journal,
+        folder,
+        total=watch.total,
+        copy=lambda taker, donor, step, values: copy_trial(trials, taker, donor, step, values),
+        publish=lambda step, plan: ray.get(trials.monitor.keep.remote(generation(step), dict(plan))),
     )
 
 
 @contextlib.contextmanager
-def _showing(watch: Watch, monitor: Any, show: Callable[[SweepProgress], None] | None) -> Iterator[None]:
+def _showing(
+    watch: Watch, monitor: Any, folder: RunFolder, show: Callable[[SweepProgress], None] | None
+) -> Iterator[None]:
     """Show the sweep from a thread of its own while the block runs: Tune keeps the main one."""
     import ray
 
     show = show or (lambda progress: log.info("%s", progress.line()))
+    every = STATUS_SECONDS if folder.is_local else REMOTE_STATUS_SECONDS
     end = threading.Event()
 
     def work() -> None:
-        before: SweepProgress | None = None
+        before: list[Any] = []
         while True:
             last = end.wait(SHOW_SECONDS)
             with contextlib.suppress(Exception):  # the display never ends a sweep
                 watch.advance(ray.get(monitor.latest.remote(), timeout=10))
+                watch.write_status(0.0 if last else every)
             now = watch.progress()
-            if now != before:
+            if now.rows != before:
                 show(now)
-                before = now
+                before = now.rows
             if last:
                 return
 

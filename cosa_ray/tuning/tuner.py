@@ -1,4 +1,4 @@
-"""Ray Tune's part of a sweep: search, scheduler, and the loop that runs the trials or goes on with them."""
+"""Ray Tune's part of a sweep: scheduler, and the loop that runs the trials the search proposes."""
 
 from __future__ import annotations
 
@@ -12,95 +12,77 @@ from typing import TYPE_CHECKING, Any
 from cosa_ray.config.schema import Config
 from cosa_ray.tuning.resources import DRIVER_CPUS
 from cosa_ray.tuning.sweepfile import Sweep, grace_steps, rungs
-from cosa_ray.tuning.watch import Watch
 
 if TYPE_CHECKING:
+    from cosa_ray.training.storage import RunFolder
+    from cosa_ray.tuning.hooks import Drive
     from cosa_ray.tuning.trial import Trials
 
-log = logging.getLogger(__name__)
 _TUNE = "tune"
-# Set before Tune starts: no log files and no output of its own, no trial made before there is room for it. Whether
-# there is a metric has been checked; that it is undefined in one evaluation must not end the sweep.
+# Set before Tune starts: no log files and no output of its own, no trial made before there is room for it, and no
+# snapshots, because nothing is read back from them. Whether there is a metric has been checked; that it is undefined in
+# one evaluation must not end the sweep.
 _TUNE_SETTINGS = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     "TUNE_MAX_PENDING_TRIALS_PG": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "1000000",
 }
 
 
-def run_trials(
-    sweep: Sweep, base: Config, trials: Trials, concurrency: int, folder: str, watch: Watch, resume: bool
-) -> list[Any]:
-    """Let Tune run the trials, or go on where its snapshot left off; returns all its trials, also those of before.
-
-    When Tune itself breaks down, what it left open is closed first.
-    """
+def run_trials(sweep: Sweep, base: Config, trials: Trials, drivers: int, folder: RunFolder, drive: Drive) -> None:
+    """Let Tune run what the search proposes, `drivers` trials at a time; what comes of them is in the journal."""
     from ray import tune
 
     from cosa_ray.tuning import hooks
-    from cosa_ray.tuning.trial import end_open, run_trial
+    from cosa_ray.tuning.trial import run_trial
 
-    def trial(sampled: dict[str, Any]) -> None:
-        run_trial(trials, sampled, tune.get_context().get_trial_id())
+    def trial(given: dict[str, Any]) -> None:
+        run_trial(trials, given)
 
-    trainable = tune.with_resources(trial, {"CPU": DRIVER_CPUS})
-    place = f"{folder}/{_TUNE}"
-    with hooks.watching(folder, watch), _signals_kept():
-        if resume and tune.Tuner.can_restore(place):
-            tuner = tune.Tuner.restore(place, trainable, resume_unfinished=True, resume_errored=True)
-        else:
-            tuner = tune.Tuner(
-                trainable,
-                param_space={key: dimension.domain() for key, dimension in sweep.space.items()},
-                tune_config=tune_config(sweep, base, watch.metric, concurrency, folder),
-                run_config=tune.RunConfig(
-                    name=_TUNE,
-                    storage_path=folder,
-                    verbose=0,
-                    callbacks=[hooks.Follow(folder)],
-                    failure_config=tune.FailureConfig(max_failures=0),
-                ),
-            )
-        try:
-            # Not what the hooks have seen: Tune takes no step when all trials had ended before.
-            ended = list(tuner.fit()._experiment_analysis.trials)
-        except BaseException:
-            end_open(trials, {row.id: row.values for row in watch.progress().rows})
-            raise
-    watch.take_over(ended, hooks.STEP)
-    return ended
+    folder.remove(_TUNE)
+    with hooks.driving(folder.uri, drive), _signals_kept():
+        tuner = tune.Tuner(
+            tune.with_resources(trial, {"CPU": DRIVER_CPUS}),
+            tune_config=tune.TuneConfig(
+                metric=trials.metric,
+                mode=drive.watch.metrics[trials.metric],
+                search_alg=hooks.Ask(folder.uri),
+                scheduler=make_scheduler(sweep, base, folder.uri, drive),
+                num_samples=-1,
+                max_concurrent_trials=drivers,
+                trial_dirname_creator=lambda trial: str(trial.config["trial"]),
+            ),
+            run_config=tune.RunConfig(
+                name=_TUNE,
+                storage_path=folder.uri,
+                verbose=0,
+                callbacks=[hooks.Follow(folder.uri)],
+                failure_config=tune.FailureConfig(max_failures=sweep.restarts),
+            ),
+        )
+        tuner.fit()
+    folder.remove(_TUNE)
 
 
-def tune_config(sweep: Sweep, base: Config, metric: str, concurrency: int, folder: str) -> Any:
-    """Search and scheduler of a sweep; both kinds of search are seeded."""
-    from ray import tune
-
+def make_scheduler(sweep: Sweep, base: Config, folder: str, drive: Drive) -> Any:
+    """The scheduler that gives trials up, with what it judged before a resume; None where nobody is given up."""
     from cosa_ray.tuning import hooks
 
-    search: Any
-    if sweep.search == "optuna":
-        from ray.tune.search.optuna import OptunaSearch
-
-        search = OptunaSearch(seed=sweep.search_seed)
-    else:
-        from ray.tune.search.basic_variant import BasicVariantGenerator
-
-        search = BasicVariantGenerator(max_concurrent=concurrency, random_state=sweep.search_seed)
-    scheduler = None
-    if sweep.scheduler == "asha":
+    metric, mode = next(iter(drive.watch.metrics.items()))
+    scheduler: hooks.StepAsha | hooks.StepMedian
+    if sweep.scheduler in ("asha", "hyperband"):
         at = rungs(sweep, base)
-        log.info("trials that fall behind end at steps %s", at)
-        scheduler = hooks.StepAsha(folder, grace_steps(sweep, base, "sweep"), at[-1] + 1, sweep.asha.reduction_factor)
-    return tune.TuneConfig(
-        metric=metric,
-        mode=sweep.mode,
-        search_alg=search,
-        scheduler=scheduler,
-        num_samples=sweep.trials,
-        max_concurrent_trials=concurrency if sweep.search == "optuna" else None,
-        trial_dirname_creator=lambda trial: str(trial.trial_id),
-    )
+        brackets = sweep.asha.brackets if sweep.scheduler == "hyperband" else 1
+        scheduler = hooks.StepAsha(folder, at[0], at[-1] + 1, sweep.asha.reduction_factor, brackets)
+    elif sweep.scheduler == "median":
+        scheduler = hooks.StepMedian(folder, grace_steps(sweep, base, "sweep"), sweep.median.trials)
+    else:
+        return None
+    scheduler.set_search_properties(metric, mode)
+    scheduler.recall((entry for entry in drive.watch.journal.entries() if entry.reports), metric)
+    return scheduler
 
 
 @contextlib.contextmanager

@@ -1,0 +1,49 @@
+"""Values of settings, as a sweep file, a config, JSON and MLflow write them: when two of them are the same."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+
+def as_value(value: Any) -> Any:
+    """A list of a YAML or JSON file as the tuple it is in a space."""
+    return tuple(as_value(each) for each in value) if isinstance(value, list) else value
+
+
+def at(nested: Any, key: str, missing: Any = None) -> Any:
+    """The value of a dotted key in nested mappings (a free-form one too)."""
+    for part in key.split("."):
+        nested = nested.get(part, missing) if isinstance(nested, Mapping) else missing
+    return nested
+
+
+def alike(one: Any, other: Any) -> bool:
+    """True when two values are one to a config, but for rounding: 1, 1.0 and the word 1, but not true."""
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return len(one) == len(other) and all(map(alike, one, other))
+    if type(one) is type(other) and one == other:
+        return True
+    numbers = as_number(one), as_number(other)
+    return numbers[0] is not None and numbers[1] is not None and math.isclose(numbers[0], numbers[1])
+
+
+def as_number(value: Any) -> float | None:
+    """A number, or a word that is one; None for anything else."""
+    if not is_number(value) and not isinstance(value, str):
+        return None
+    try:
+        return number if math.isfinite(number := float(value)) else None
+    except ValueError:
+        return None
+
+
+def is_number(value: Any) -> bool:
+    """True for a number; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_multiple(value: float, step: float) -> bool:
+    """True when a number is a whole number of steps, but for rounding."""
+    return math.isclose(value / step, round(value / step), abs_tol=1e-6)
