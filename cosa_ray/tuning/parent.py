@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from cosa_ray.config.schema import Config
+from cosa_ray.tuning.journal import Entry
+from cosa_ray.tuning.report import FOLDER, log_report, tags, totals
 from cosa_ray.tuning.results import SweepResult
 from cosa_ray.tuning.sweepfile import Sweep, dump_sweep
 
 if TYPE_CHECKING:
-    from cosa_ray.tracking.store import Tracking
+    from cosa_ray.tracking.store import Store, Tracking
     from cosa_ray.tracking.tracker import NoTracker, Tracker
 
 _ANSWER_SECONDS = 20.0
@@ -23,22 +25,27 @@ _STATUS = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 
 @dataclass
 class Parent:
-    """The open parent run; `run_id` is None without tracking, and while the server is away."""
+    """The open parent run; `run_id` is None without tracking, and while the server is away.
+
+    `store` and `sweep` are what its report is made of; without them there is none.
+    """
 
     tracker: Tracker | NoTracker
     uri: str | None
     run_id: str | None
     ended: bool = False
+    store: Store | None = None
+    sweep: Sweep | None = None
 
-    def finish(self, result: SweepResult) -> SweepResult:
-        """Log what the sweep came to and end the run; returns the result with the run's id."""
-        best = result.best
-        if best is not None and best.score is not None:
-            self.tracker.set_tags({"cosa_ray.best_trial": best.name})
-            if result.state == "finished":
-                # Only now: a metric logged at a stop would hide a later one at the same step or an earlier one.
-                self.tracker.log({result.metric: best.score}, best.step)
-        self.tracker.log_text("sweep.json", json.dumps(result.as_json(), indent=1, default=str))
+    def finish(self, result: SweepResult, entries: Sequence[Entry] = ()) -> SweepResult:
+        """Log what the sweep came to, with the report, and end the run; returns the result with the run's id."""
+        self.tracker.set_tags(tags(result))
+        # At the steps of all trials together: a sweep that is resumed goes on from there, so that no point hides a
+        # later one, and none is logged twice.
+        self.tracker.log(totals(result), sum(trial.step for trial in result.trials))
+        self.tracker.log_text(f"{FOLDER}/sweep.json", json.dumps(result.as_json(), indent=1, default=str))
+        if self.store is not None and self.sweep is not None:
+            log_report(self.tracker, self.store, self.sweep, result, entries)
         self.tracker.finish(_STATUS[result.state])
         self.ended = True
         return replace(result, parent_run_id=self.tracker.run_id or self.run_id)
@@ -62,10 +69,10 @@ def parent_run(tracking: Tracking | None, sweep: Sweep) -> Iterator[Parent]:
     if tracking is None:
         yield Parent(tracker, None, None)
         return
-    tracker.log_text("sweep.yaml", dump_sweep(sweep))
+    tracker.log_text(f"{FOLDER}/sweep.yaml", dump_sweep(sweep))
     # Trials name their parent by id; where MLflow is away, by name.
     tracker.flush(_ANSWER_SECONDS)
-    parent = Parent(tracker, tracking.uri, tracker.run_id)
+    parent = Parent(tracker, tracking.uri, tracker.run_id, store=tracking.store, sweep=sweep)
     try:
         yield parent
     finally:
