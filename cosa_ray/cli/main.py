@@ -10,11 +10,14 @@ import typer
 
 from cosa_ray import __version__
 from cosa_ray.cli import config, data
+from cosa_ray.cli.compare import compare
 from cosa_ray.cli.demo import demo
 from cosa_ray.cli.evaluate import evaluate
 from cosa_ray.cli.import_release import import_release
 from cosa_ray.cli.predict import predict, pseudo_labels
+from cosa_ray.cli.promote import promote
 from cosa_ray.cli.register import register
+from cosa_ray.cli.status import status
 from cosa_ray.cli.submit import submit
 from cosa_ray.cli.train import train
 from cosa_ray.cli.tune import tune
@@ -32,7 +35,10 @@ app.command()(demo)
 app.add_typer(data.app, name="data")
 app.command()(train)
 app.command()(tune)
+app.command()(status)
+app.command()(promote)
 app.command()(evaluate)
+app.command()(compare)
 app.command()(predict)
 app.command()(pseudo_labels)
 app.command()(register)

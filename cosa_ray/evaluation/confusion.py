@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,17 +85,48 @@ def bootstrap_interval(
     Images are drawn with replacement, and the mIoU of each resample is that of the summed counts, over the classes
     with ground-truth pixels in it. NaN for no image (ours; the percentile interval of Efron 1979).
     """
-    images = len(totals)
-    if not images:
+    if not len(totals):
         return float("nan"), float("nan")
+    return _middle(_resampled([totals], resamples, seed)[0], level)
+
+
+def paired_intervals(
+    sides: Sequence[np.ndarray], *, resamples: int = 1000, level: float = 0.95, seed: int = 0
+) -> list[tuple[float, float]]:
+    """Percentile bootstrap intervals of the mIoU of every further side less that of the first, over shared images.
+
+    sides: totals (N, 3, K) per image, or (R, N, 3, K) of R runs, whose mIoUs are averaged; row n is the same image in
+    all of them, and a resample draws the same images for all. The runs themselves are not resampled: the intervals say
+    nothing about seeds. NaN for no image (ours; the paired percentile bootstrap of Efron 1979).
+    """
+    groups = [totals[None] if totals.ndim == 3 else totals for totals in sides]
+    if not groups[0].shape[1]:
+        return [(float("nan"), float("nan"))] * (len(sides) - 1)
+    found = iter(_resampled([run for group in groups for run in group], resamples, seed))
+    first, *others = [np.mean([next(found) for _ in group], axis=0) for group in groups]
+    return [_middle(other - first, level) for other in others]
+
+
+def _resampled(runs: Sequence[np.ndarray], resamples: int, seed: int) -> np.ndarray:
+    """mIoU of runs' totals (N, 3, K) in resamples of the images, the same for every run: (runs, resamples)."""
+    images = len(runs[0])
     rng = np.random.default_rng(seed)
-    flat = totals.reshape(images, -1).astype(np.float64)
+    tables = [totals.reshape(images, -1).astype(np.float64) for totals in runs]
     found: list[np.ndarray] = []
     for start in range(0, resamples, 100):  # a part at a time: COCO's 40,137 images take 32 MB each
         count = min(100, resamples - start)
         times = rng.multinomial(images, np.full(images, 1 / images), size=count).astype(np.float64)
-        found.append(np.nanmean(ious((times @ flat).reshape(count, *totals.shape[1:])), axis=-1))
-    low, high = np.quantile(np.concatenate(found), [(1 - level) / 2, (1 + level) / 2])
+        mious = [
+            np.nanmean(ious((times @ table).reshape(count, *totals.shape[1:])), axis=-1)
+            for table, totals in zip(tables, runs, strict=True)
+        ]
+        found.append(np.stack(mious))
+    return np.concatenate(found, axis=1)
+
+
+def _middle(values: np.ndarray, level: float) -> tuple[float, float]:
+    """The quantiles between which the middle share `level` of the values lies."""
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 

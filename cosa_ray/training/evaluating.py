@@ -112,6 +112,32 @@ def evaluate_run(
     return _keep(found, task.config, report, result, tiles, track)
 
 
+def draw_images(found: Run, report: Report, ids: Sequence[str], metric: str) -> dict[str, Tile]:
+    """What the networks of an evaluated checkpoint make of some of its images, once more and in this process; by id.
+
+    metric: the mIoU whose prediction is a tile's segmentation, before any CRF; the assignment network's plain one where
+    it is of CAMs. Raises UserError when the checkpoint, the dataset or an image is no longer there.
+    """
+    places = {name: place for place, name in enumerate(open_dataset(report.dataset).split(report.split).ids())}
+    gone = [name for name in ids if name not in places]
+    if gone:
+        raise UserError(f"split {report.split} of {report.dataset} no longer has the image {gone[0]}; evaluate again.")
+    protocol = Protocol.model_validate(
+        report.protocol
+        | {
+            "networks": ["online" if metric.startswith("miou_online") else "assignment"],
+            "labels": ["given" if "labels_given" in metric else "none"],
+            "crf": None,
+        }
+    )
+    changes = {"data.dataset": report.dataset, "data.val_split": report.split, "data.loader_processes": 0}
+    config = apply_overrides(found.config(), changes, found.record.name)
+    source = f"{found.folder.uri}/{report.checkpoint}"
+    part = _Part(_Task(source, report.dataset, report.split, protocol, report.prefix, config), join_workers().device)
+    tiles = part.tiles([places[name] for name in ids])
+    return {tile.name: tile for tile in tiles.values()}
+
+
 def _prepare(
     found: Run, protocol: str | None, dataset: str | None, split: str | None, which: str, workers: int | None
 ) -> tuple[CheckpointEntry, _Task]:
