@@ -14,6 +14,7 @@ from cosa_ray.config.schema import Config
 from cosa_ray.tuning.journal import Entry
 from cosa_ray.tuning.search import trial_scores
 from cosa_ray.tuning.sweepfile import Mode
+from cosa_ray.tuning.values import as_value
 
 if TYPE_CHECKING:
     from cosa_ray.training.storage import RunFolder
@@ -111,9 +112,13 @@ def read_result(folder: RunFolder) -> SweepResult | None:
     if content is None:
         return None
     said = json.loads(content)
-    best = TrialResult(**said.pop("best")) if said["best"] else said.pop("best")
-    trials = [TrialResult(**trial) for trial in said.pop("trials")]
+    best = _read(said.pop("best")) if said["best"] else said.pop("best")
+    trials = [_read(trial) for trial in said.pop("trials")]
     return SweepResult(**said, trials=[], best=best).with_trials(trials)
+
+
+def _read(said: dict[str, Any]) -> TrialResult:
+    return TrialResult(**{**said, "values": {key: as_value(value) for key, value in said["values"].items()}})
 
 
 def trial_result(entry: Entry, trials: Trials, metrics: Mapping[str, Mode]) -> TrialResult:

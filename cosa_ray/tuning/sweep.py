@@ -119,10 +119,10 @@ def run_sweep(
         tracking = parent_tracking(config, name, folder.uri, track)
         if tracking is not None:
             check_reachable(tracking, sum(node["Alive"] for node in ray.nodes()))
-        if known:
-            keep_earlier(folder, known)
         for file, content in files.items():
             folder.write_text(file, content)
+        if known:
+            keep_earlier(folder, known)
         monitor = start_monitor(fit.concurrency)
         if tracking is not None:
             ray.get(monitor.keep.remote(STORE, tracking.store.uri))

@@ -18,6 +18,7 @@ from cosa_ray.training.loop import Job, Outcome
 from cosa_ray.training.runs import CONFIG, Run, read_run
 from cosa_ray.training.storage import RunFolder
 from cosa_ray.tuning.journal import Entry
+from cosa_ray.tuning.values import as_value
 
 STOPPED_BY = "cosa_ray.stopped_by"
 KIND = "cosa_ray.failure"
@@ -25,8 +26,14 @@ GIVEN_UP = "given_up"
 BUDGET = "budget"  # as the one that gave a trial up: it can go on when there is more
 STORE = "tracking store"  # under which the monitor keeps the URI of the sweep's MLflow store
 POLL_SECONDS = 0.5
-_DIED = re.compile(r"was killed|died unexpectedly|ActorDied|WorkerCrashed|NodeDied", re.I)
-_NO_MEMORY = re.compile(r"out of memory|OutOfMemory|can't allocate memory|memory running low|\bOOM\b|MemoryError", re.I)
+# Ray says of every process that was killed that the OOM killer may have been it: those words count for nothing.
+_PERHAPS = re.compile(r"Some common causes include.*", re.I | re.S)
+_DIED = re.compile(r"was killed|has died|died unexpectedly|ActorDied|WorkerCrashed|NodeDied", re.I)
+_NO_MEMORY = re.compile(
+    r"out.of.memory|OutOfMemory|can(?:'t|not) allocate memory|unable to allocate|memory running low|low on memory"
+    r"|\bOOM\b|MemoryError",
+    re.I,
+)
 
 
 class _Interrupted(Exception):
@@ -91,9 +98,10 @@ def _run(trials: Trials, number: str, values: Mapping[str, Any], seed: int | Non
         raise _Interrupted
     run = read_run(trials.folder(number))
     if run is not None and (run.record.state == "finished" or given_up_by(run.folder.uri) not in (None, BUDGET)):
-        # The journal was behind the run: what is done stays done, the sweep only wants its last metrics.
-        if (entry := run.checkpoints.best()) is not None and trials.metric in entry.metrics:
-            tune.report({**entry.metrics, "step": entry.step})
+        # The journal was behind the run: what is done stays done, the sweep only wants its metrics.
+        for entry in run.checkpoints.entries():
+            if trials.metric in entry.metrics:
+                tune.report({**entry.metrics, "step": entry.step})
         return
     if trials.track and (uri := ray.get(monitor.kept.remote(STORE))):
         # This process has its machine's environment, which may name another store than the sweep's. The URI may
@@ -114,11 +122,16 @@ def _run(trials: Trials, number: str, values: Mapping[str, Any], seed: int | Non
 
 
 def _past_generations(trials: Trials, number: str, values: Mapping[str, Any], run: Run | None) -> Mapping[str, Any]:
-    """Where the trial stands still with its population: wait for the decision; the settings to go on with."""
+    """The settings to go on with; where the trial stands still with its population, wait for the decision first."""
     import ray
     from ray import tune
 
-    if run is None or run.step not in trials.pauses:
+    if run is None:
+        return values
+    # A driver that Tune starts again has the settings of before a copy.
+    for step in (step for step in trials.pauses if step < run.step):
+        values = _decided(ray.get(trials.monitor.kept.remote(generation(step))) or {}, number, values)
+    if run.step not in trials.pauses:
         return values
     # After a kill the sweep may not have heard of the evaluation it is waiting for.
     if (entry := run.checkpoints.latest()) is not None and trials.metric in entry.metrics:
@@ -126,11 +139,16 @@ def _past_generations(trials: Trials, number: str, values: Mapping[str, Any], ru
     while True:
         plan = ray.get(trials.monitor.kept.remote(generation(run.step)))
         if plan is not None:
-            said = plan.get(str(int(number)))
-            return said["values"] if said is not None else values
+            return _decided(plan, number, values)
         if ray.get(trials.monitor.stop_wished.remote(trials.name(number))):
             raise _Interrupted
         time.sleep(POLL_SECONDS)
+
+
+def _decided(plan: Mapping[str, Any], number: str, values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A trial's settings after a generation."""
+    said = plan.get(str(int(number)))
+    return {key: as_value(value) for key, value in said["values"].items()} if said is not None else values
 
 
 def generation(step: int) -> str:
@@ -225,7 +243,7 @@ def failure_kind(state: str, cause: str | None) -> str | None:
         return "diverged"
     if state not in ("failed", "error"):
         return None
-    if cause and _NO_MEMORY.search(cause):
+    if cause and _NO_MEMORY.search(_PERHAPS.sub("", cause)):
         return "out_of_memory"
     return "died" if cause and _DIED.search(cause) else "error"
 
@@ -249,7 +267,7 @@ def settle(
         return replace(entry, state="finished", step=step)
     if state == "stopped" and by not in (None, BUDGET):
         return replace(entry, state="stopped_early", step=step, ended_by=by)
-    if (state == "stopped" or interrupted) and left is None:
+    if (state == "stopped" or (interrupted and state not in ("failed", "diverged"))) and left is None:
         return replace(entry, state="interrupted", step=step, ended_by=by)
     cause = left or (run.record.cause if run is not None else None)
     if cause is None:

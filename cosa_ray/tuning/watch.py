@@ -67,7 +67,8 @@ class SweepProgress:
     def seconds_left(self) -> float | None:
         """Estimate of the time to the end: steps left at the pace so far; None before a tenth of them is taken.
 
-        A trial that has not ended is taken to go as far as those that have did on average, where any has.
+        A trial that has not ended is taken to go as far as those that have did on average, where any has, and to its
+        end where it is beyond that.
         """
         if not self.steps_taken or not self.seconds_taken:
             return None
@@ -75,7 +76,7 @@ class SweepProgress:
         longest = max((row.steps for row in self.rows), default=0)
         expected = sum(done) / len(done) if done else longest
         left = sum(
-            max(0.0, min(row.steps, max(expected, row.step)) - row.step)
+            (min(row.steps, expected) if row.step < expected else row.steps) - row.step
             for row in self.rows
             if row.state in ("running", "pending")
         )

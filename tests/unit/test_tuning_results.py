@@ -173,7 +173,6 @@ def test_a_result_reads_back(tmp_path: Path) -> None:
     assert again.best is again.trials[0]
 
 
-@pytest.mark.xfail(strict=True, reason="settings that are lists come back as lists, in the journal they are tuples")
 def test_a_result_with_lists_reads_back(tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path))
     one = TrialResult("000", "s-000", "finished", {"assignment.scales": (1.0, 0.5)}, 20, 0.5, {}, "/runs", None, None)

@@ -190,13 +190,13 @@ def row(state: str, step: int, score: float | None = None, number: int = 0) -> T
         # Nobody has ended: everybody goes to the end. (70 + 100 + 2 x 100) steps at 30 steps in 60 s.
         ([row("running", 30), row("pending", 0)], 4, 30, 60.0, None),  # not a tenth of the 370 yet
         ([row("running", 30), row("pending", 0)], 4, 37, 60.0, 370 * 60 / 37),
-        # Those that ended took 70 steps on average, failed ones left out: 70-20, 0 for one beyond, and 2 x 70.
+        # Those that ended took 70 steps on average, failed ones left out: 70-20, 100-80 for one beyond, and 2 x 70.
         (
             [row("finished", 100), row("stopped_early", 40), row("failed", 3), row("running", 20), row("running", 80)],
             7,
             243,
             243.0,
-            50 + 0 + 140,
+            50 + 20 + 140,
         ),
         ([row("finished", 100), row("interrupted", 50)], 2, 150, 10.0, 0.0),
         ([row("running", 30)], 1, 0, 60.0, None),
