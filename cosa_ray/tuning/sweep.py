@@ -93,7 +93,8 @@ def run_sweep(
     journal = Journal(folder)
     again = _again(journal, retry_failed)
     before = read_result(folder) if resume else None
-    complete = not again and len(journal) >= wanted(sweep) * sweep.repeats
+    # Of points only those there are can be tried, however many were asked for.
+    complete = not again and (sweep.search == "points" or len(journal) >= wanted(sweep) * sweep.repeats)
     if complete and before is not None and before.state == "finished":
         log.warning("sweep %s is finished already; nothing to do", name)
         return _finished(before, sweep, config, folder, track)
@@ -109,13 +110,15 @@ def run_sweep(
         from cosa_ray.tracking.store import check_reachable
         from cosa_ray.training.session import start_monitor
         from cosa_ray.tuning import hooks
+        from cosa_ray.tuning.journal import ENDED
         from cosa_ray.tuning.trial import STORE, Trials, settle
 
         pauses = tuple(generations(sweep, config, where)) if sweep.scheduler == "pbt" else ()
         fit = _divide(sweep, config, search.total, drivers=search.total if pauses else None)
         at_once = search.total if pauses else fit.concurrency
-        most = check_size(folder, sizes, trials=search.total - len(journal), at_once=at_once)
-        say(_plan(sweep, config, search.total, len(journal), fit, most))
+        done = sum(entry.state in ENDED for entry in journal.entries())
+        most = check_size(folder, sizes, trials=search.total - done, at_once=at_once)
+        say(_plan(sweep, config, search.total, done, fit, most))
         tracking = parent_tracking(config, name, folder.uri, track)
         if tracking is not None:
             check_reachable(tracking, sum(node["Alive"] for node in ray.nodes()))
@@ -148,7 +151,7 @@ def run_sweep(
                 for entry in journal.entries():
                     if entry.state in ("running", "pending"):
                         ended = settle(trials, entry, killed=True, interrupted=True, said=lambda key: None)
-                        journal.update(entry.number, state=ended.state, step=ended.step)
+                        journal.put(ended)
         result = _result(sweep, base, trials, metrics, watch, folder, parent.uri)
         result = deliver_rest(tracking, parent.finish(result, journal.entries()))
     write_result(folder, result)

@@ -13,10 +13,11 @@ from typing import Any
 from cosa_ray.config.load import apply_overrides, dump_config
 from cosa_ray.config.schema import Config
 from cosa_ray.errors import RunFailed, UserError
+from cosa_ray.evaluation.trained import DESCRIPTION, Description
 from cosa_ray.training.driver import conclude, fit, prepare
 from cosa_ray.training.loop import Job, Outcome
 from cosa_ray.training.runs import CONFIG, Run, read_run
-from cosa_ray.training.storage import RunFolder
+from cosa_ray.training.storage import CheckpointEntry, RunFolder
 from cosa_ray.tuning.journal import Entry
 from cosa_ray.tuning.values import as_value
 
@@ -91,7 +92,6 @@ def cause_of(number: str) -> str:
 
 def _run(trials: Trials, number: str, values: Mapping[str, Any], seed: int | None) -> None:
     import ray
-    from ray import tune
 
     name, monitor = trials.name(number), trials.monitor
     if ray.get(monitor.stop_wished.remote(name)):
@@ -100,8 +100,7 @@ def _run(trials: Trials, number: str, values: Mapping[str, Any], seed: int | Non
     if run is not None and (run.record.state == "finished" or given_up_by(run.folder.uri) not in (None, BUDGET)):
         # The journal was behind the run: what is done stays done, the sweep only wants its metrics.
         for entry in run.checkpoints.entries():
-            if trials.metric in entry.metrics:
-                tune.report({**entry.metrics, "step": entry.step})
+            _report_again(trials, run, entry)
         return
     if trials.track and (uri := ray.get(monitor.kept.remote(STORE))):
         # This process has its machine's environment, which may name another store than the sweep's. The URI may
@@ -121,10 +120,22 @@ def _run(trials: Trials, number: str, values: Mapping[str, Any], seed: int | Non
         run = read_run(run.folder.uri)
 
 
+def _report_again(trials: Trials, run: Run, entry: CheckpointEntry) -> None:
+    """Report the evaluation of a checkpoint as the worker did when it was made, with what the run had cost by then."""
+    from ray import tune
+
+    if trials.metric not in entry.metrics:
+        return
+    metrics = {**entry.metrics, "step": float(entry.step)}
+    if (text := run.folder.read_text(f"{entry.name}/{DESCRIPTION}")) is not None:
+        unit = "gpu" if trials.config.resources.gpus_per_worker else "cpu"
+        metrics[f"cost/{unit}_hours"] = Description.parse(text).worker_seconds / 3600
+    tune.report(metrics)
+
+
 def _past_generations(trials: Trials, number: str, values: Mapping[str, Any], run: Run | None) -> Mapping[str, Any]:
     """The settings to go on with; where the trial stands still with its population, wait for the decision first."""
     import ray
-    from ray import tune
 
     if run is None:
         return values
@@ -134,8 +145,8 @@ def _past_generations(trials: Trials, number: str, values: Mapping[str, Any], ru
     if run.step not in trials.pauses:
         return values
     # After a kill the sweep may not have heard of the evaluation it is waiting for.
-    if (entry := run.checkpoints.latest()) is not None and trials.metric in entry.metrics:
-        tune.report({**entry.metrics, "step": entry.step})
+    if (entry := run.checkpoints.latest()) is not None:
+        _report_again(trials, run, entry)
     while True:
         plan = ray.get(trials.monitor.kept.remote(generation(run.step)))
         if plan is not None:

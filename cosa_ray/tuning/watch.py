@@ -55,8 +55,8 @@ class SweepProgress:
 
     @property
     def ended(self) -> int:
-        """Trials that have ended, in whatever way."""
-        return sum(row.state in (*ENDED, "interrupted") for row in self.rows)
+        """Trials that have ended, in whatever way; an interrupted one goes on, unless the sweep ends."""
+        return sum(row.state in ENDED or (row.state == "interrupted" and bool(self.ending)) for row in self.rows)
 
     @property
     def best(self) -> TrialRow | None:
@@ -78,7 +78,7 @@ class SweepProgress:
         left = sum(
             (min(row.steps, expected) if row.step < expected else row.steps) - row.step
             for row in self.rows
-            if row.state in ("running", "pending")
+            if row.state in ("running", "pending") or (row.state == "interrupted" and not self.ending)
         )
         left += max(0, self.total - len(self.rows)) * expected
         # Starting up takes long and no steps: the first would promise hours.
@@ -158,7 +158,7 @@ class Watch:
         self._seconds_before = SweepProgress.load(before).seconds if before else 0.0
         self._began = time.monotonic()
         self._steps_before = self._all_steps()
-        self._written = (0.0, "")
+        self._written = -math.inf
         self.interrupted = self.failed = False
         self.ending: str | None = None  # why no new trial starts
 
@@ -228,13 +228,9 @@ class Watch:
 
     def write_status(self, every: float) -> None:
         """Write the progress into the sweep's folder for other terminals, at most once in `every` seconds."""
-        at, before = self._written
-        if time.monotonic() - at < every:
-            return
-        now = self.progress().dump()
-        if now != before:
-            self._folder.write_text(STATUS_FILE, now)
-        self._written = (time.monotonic(), now)
+        if time.monotonic() - self._written >= every:
+            self._folder.write_text(STATUS_FILE, self.progress().dump())
+            self._written = time.monotonic()
 
     def give_up(self, number: int, by: str) -> None:
         """Ask a trial that fell behind to end: it writes what it has, so nothing is killed and nothing leaks."""

@@ -198,7 +198,8 @@ def row(state: str, step: int, score: float | None = None, number: int = 0) -> T
             243.0,
             50 + 20 + 140,
         ),
-        ([row("finished", 100), row("interrupted", 50)], 2, 150, 10.0, 0.0),
+        # An interrupted one goes on, as far as the one that has ended did.
+        ([row("finished", 100), row("interrupted", 50)], 2, 150, 10.0, 50 * 10 / 150),
         ([row("running", 30)], 1, 0, 60.0, None),
         ([], 4, 0, 0.0, None),
     ],
@@ -230,9 +231,10 @@ def test_progress_says_who_is_best() -> None:
         row("interrupted", 5, float("nan"), 3),
     ]
     most = SweepProgress("s", "m", "max", 6, rows)
-    assert (most.best.id, most.ended) == ("002", 3)
+    assert (most.best.id, most.ended) == ("002", 2)
+    assert replace(most, ending="it was stopped").ended == 3  # an interrupted one goes on otherwise
     assert SweepProgress("s", "m", "min", 6, rows).best.id == "000"
-    assert most.line() == "s: 3/6 trials ended  best m 0.4000 (002)  running: 002 5/100"
+    assert most.line() == "s: 2/6 trials ended  best m 0.4000 (002)  running: 002 5/100"
     assert SweepProgress("s", "m", "max", 6, rows[1:2]).line() == "s: 1/6 trials ended  no m yet  running: none"
 
 
