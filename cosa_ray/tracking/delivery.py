@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from cosa_ray.tracking.spool import Record
 from cosa_ray.tracking.store import FOLDER_TAG, RUN_TAG, Tracking, find_run
+from cosa_ray.tracking.views import NOTE, View, offer_views
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -44,6 +45,7 @@ class Delivery:
         self.run_id: str | None = None
         self._tracking = tracking
         self._client: MlflowClient
+        self._experiment: str
         self._params: dict[str, str] = {}
         # Per metric: up to which step earlier sessions have it (delivered or in the spool), and how far the session
         # being delivered has come. Lanes are delivered side by side, so each is in a session of its own.
@@ -79,13 +81,15 @@ class Delivery:
             tags = {RUN_TAG: tracking.run, FOLDER_TAG: tracking.folder}
             if (parent := self._parent(client, experiment)) is not None:
                 tags["mlflow.parentRunId"] = parent
+            if tracking.description is not None and tracking.description.note:
+                tags[NOTE] = tracking.description.note  # once: people write their own
             run_id = client.create_run(experiment, start_time=started, tags=tags, run_name=tracking.run).info.run_id
         else:
             run = client.get_run(run_id)
             self._params = dict(run.data.params)
             self._floor = {metric.key: metric.step for metric in run.to_proto().data.metrics}
             self._knows_images = False
-        self._client, self.run_id = client, run_id
+        self._client, self._experiment, self.run_id = client, experiment, run_id
 
     def _parent(self, client: MlflowClient, experiment: str) -> str | None:
         tracking = self._tracking
@@ -151,6 +155,9 @@ class Delivery:
         for start in range(0, len(tags), _PAIRS_A_REQUEST):
             chunk = tags[start : start + _PAIRS_A_REQUEST]
             self._accepted(partial(self._client.log_batch, self.run_id, tags=chunk), "tags")
+
+    def _send_view(self, records: list[Record]) -> None:
+        offer_views(self._client, self._experiment, [View(**record["view"]) for record in records])
 
     def _send_dataset(self, records: list[Record]) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag

@@ -27,17 +27,33 @@ log = logging.getLogger(__name__)
 DIFF_BYTES = 512 * 1024
 _PLAIN_DIFF = ("--no-color", "--no-ext-diff")
 GIT_FILE = "git-state.json"  # beside a copy of the package that was sent somewhere
+# The columns of a shard (data/shard.py), in the only form that MLflow's pages show as a table.
+_SCHEMA = tuple(
+    {"name": name, "type": kind, "required": name != "mask"}
+    for name, kind in (
+        ("id", "string"),
+        ("image", "binary"),
+        ("mask", "binary"),
+        ("labels", "array"),
+        ("height", "integer"),
+        ("width", "integer"),
+    )
+)
 PACKAGES = ("torch", "timm", "ray", "mlflow", "numpy", "pyarrow", "torchvision")
 
 
 @dataclass(frozen=True)
 class RunDescription:
-    """Parameters, tags, artifacts (path -> content) and datasets as MLflow gets them; picklable."""
+    """Parameters, tags, artifacts (path -> content) and datasets as MLflow gets them; picklable.
+
+    `note` is what the run's page says of it first, in Markdown; it is written when the run is made, and not again.
+    """
 
     params: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
     artifacts: dict[str, bytes] = field(default_factory=dict, repr=False)
     datasets: list[dict[str, Any]] = field(default_factory=list)
+    note: str = ""
 
 
 def describe(config: Config, tags: Mapping[str, str] | None = None) -> RunDescription:
@@ -46,7 +62,7 @@ def describe(config: Config, tags: Mapping[str, str] | None = None) -> RunDescri
     Called on the driver, where the repository is; the worker adds its own `environment`. What cannot be found out is
     left out: describing never fails.
     """
-    shown = _without_secrets(config)
+    shown = without_secrets(config)
     git, diff = git_state()
     artifacts = {"config.yaml": dump_config(shown).encode()}
     if diff:
@@ -56,8 +72,24 @@ def describe(config: Config, tags: Mapping[str, str] | None = None) -> RunDescri
     if card is not None:
         artifacts["dataset.json"] = card.model_dump_json(indent=1).encode()
         datasets = dataset_inputs(card, config)
+    tags = {"cosa_ray.kind": "run", **(tags or {})}
+    note = _note(config, card, tags["cosa_ray.kind"])
     return RunDescription(
-        parameters(shown), {**_origin(), **git, **config.tracking.tags, **(tags or {})}, artifacts, datasets
+        parameters(shown), {**_origin(), **git, **config.tracking.tags, **tags}, artifacts, datasets, note
+    )
+
+
+def _note(config: Config, card: DatasetCard | None, kind: str) -> str:
+    """One sentence on what is trained on what; the name of an imported model says more than its settings."""
+    if kind == "release":
+        return ""
+    data = f"`{_name(config.data.dataset)}`"
+    if card is not None and (part := card.splits.get(config.data.train_split)) is not None:
+        data += f" ({part.images} images, {len(card.classes)} classes)"
+    training = config.training
+    return (
+        f"A {kind} on {data}: `{config.model.backbone}`, {training.steps} steps ({training.warmup_iters} of warm-up), "
+        f"batches of {training.batch_size}, seed {config.seed}. All settings: `config.yaml` under Artifacts."
     )
 
 
@@ -72,7 +104,6 @@ def parameters(config: Config) -> dict[str, str]:
 def dataset_inputs(card: DatasetCard, config: Config) -> list[dict[str, Any]]:
     """The splits of a run as MLflow dataset inputs: named dataset/split, told apart by their shards' checksums."""
     uri = config.data.dataset
-    name = uri.rstrip("/").rpartition("/")[2]
     inputs = []
     for split, context in ((config.data.train_split, "train"), (config.data.val_split, "val")):
         subset = card.subsets.get(split)
@@ -81,18 +112,20 @@ def dataset_inputs(card: DatasetCard, config: Config) -> list[dict[str, Any]]:
             continue
         sums = [shard.sha256 for shard in part.shards] + ([] if subset is None else [subset.sha256])
         digest = hashlib.sha256("".join(sums).encode()).hexdigest()[:16]
-        profile: dict[str, Any] = {"images": part.images, "masks": part.masks}
+        profile: dict[str, Any]
         if subset is None:
-            profile["images_per_class"] = list(part.images_per_class)
+            counts = dict(zip(card.classes, part.images_per_class, strict=True))
+            profile = {"images": part.images, "masks": part.masks, "images_per_class": counts}
         else:
             profile = {"images": subset.images, "masks": subset.masks, "of": subset.of, "chosen_by": subset.origin}
+        profile |= {"classes": len(card.classes), "labels_from": card.labels_from}
         source = {"uri": uri if "://" in uri else str(Path(uri).absolute())}
         dataset = {
-            "name": f"{name}/{split}",
+            "name": f"{_name(uri)}/{split}",
             "digest": digest,
             "source_type": urlsplit(uri).scheme or "local",
             "source": json.dumps(source),
-            "schema": json.dumps({"classes": list(card.classes), "labels_from": card.labels_from}),
+            "schema": json.dumps({"mlflow_colspec": [*_SCHEMA]}),
             "profile": json.dumps(profile),
         }
         inputs.append({"dataset": dataset, "context": context})
@@ -181,6 +214,10 @@ def _origin() -> dict[str, str]:
     return tags
 
 
+def _name(uri: str) -> str:
+    return uri.rstrip("/").rpartition("/")[2]
+
+
 def _card(uri: str) -> DatasetCard | None:
     from cosa_ray.data.dataset import open_dataset
 
@@ -191,7 +228,7 @@ def _card(uri: str) -> DatasetCard | None:
         return None
 
 
-def _without_secrets(config: Config) -> Config:
+def without_secrets(config: Config) -> Config:
     """The config without the credentials that a tracking URI may carry."""
     uri = config.tracking.uri
     if uri is None:

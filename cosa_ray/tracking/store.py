@@ -14,6 +14,7 @@ from cosa_ray.config.credentials import redacted, without_credentials
 from cosa_ray.config.schema import Config
 from cosa_ray.errors import UserError
 from cosa_ray.tracking.describe import RunDescription, describe
+from cosa_ray.tracking.views import new_experiment_tags, offer_views
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -61,7 +62,8 @@ class Store:
         found = client.get_experiment_by_name(self.experiment)
         if found is None:
             try:
-                return str(client.create_experiment(self.experiment, artifact_location=self._artifacts()))
+                place, tags = self._artifacts(), new_experiment_tags()
+                return str(client.create_experiment(self.experiment, artifact_location=place, tags=tags))
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
@@ -186,7 +188,8 @@ def check_store(store: Store) -> None:
         except OSError as error:
             raise UserError(f"the folder of the MLflow store {path} cannot be made ({error.strerror})") from None
     try:
-        store.experiment_id(store.client())
+        client = store.client()
+        offer_views(client, store.experiment_id(client))
     except UserError:
         raise
     except Exception as error:

@@ -13,6 +13,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cosa_ray.config.credentials import redacted
@@ -21,6 +22,7 @@ from cosa_ray.tracking.describe import RunDescription, environment
 from cosa_ray.tracking.lane import Lane
 from cosa_ray.tracking.spool import Record, Spool
 from cosa_ray.tracking.store import Tracking
+from cosa_ray.tracking.views import View
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,6 +50,7 @@ class NoTracker:
     def log_text(self, path: str, text: str) -> None: ...
     def log_dict(self, path: str, value: Mapping[str, Any]) -> None: ...
     def log_bytes(self, path: str, data: bytes) -> None: ...
+    def offer_view(self, view: View) -> None: ...
     def flush(self, timeout: float = 1.0) -> bool:
         return True
 
@@ -190,6 +193,11 @@ class Tracker:
     def log_bytes(self, path: str, data: bytes) -> None:
         """Log a file as an artifact; logging the same path again replaces it."""
         self._add(ARTIFACTS, {"kind": "artifact", "files": {path: base64.b64encode(data).decode()}})
+
+    @_never_raises
+    def offer_view(self, view: View) -> None:
+        """Add a view to those of the experiment's pages, in place of an earlier one of its key."""
+        self._add(METRICS, {"kind": "view", "view": asdict(view)})
 
     @_never_raises
     def flush(self, timeout: float = 1.0) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -22,6 +23,7 @@ from cosa_ray.config.credentials import redacted, without_credentials
 from cosa_ray.config.schema import Config
 from cosa_ray.errors import RunFailed, UserError
 from cosa_ray.tracking.store import checked_uri, sqlite_path, tracking_uri
+from cosa_ray.tracking.views import PREFIX, RUNS, missing_views
 
 START_SECONDS = 300.0
 STOP_SECONDS = 10.0
@@ -83,16 +85,25 @@ class Pages(AbstractContextManager["Pages"]):
             raise
 
     def link(self, experiment: str = Config().tracking.experiment) -> str:
-        """Address of an experiment's runs; of the front page when the store has no such experiment.
+        """Address of an experiment's runs in the prepared view; of the front page when there is no such experiment.
 
         Without the workflow in the address MLflow opens its pages for language models, where runs are hard to find.
+        An experiment made by an earlier version is given the views; where somebody deleted the view, MLflow's own
+        choice of columns is shown.
         """
         query = urlencode({"experiment_name": experiment})
         try:
-            found = json.loads(self._get(f"/api/2.0/mlflow/experiments/get-by-name?{query}", 30))
-            return f"{self.url}/#/experiments/{found['experiment']['experiment_id']}/runs?workflowType=machine_learning"
+            found = json.loads(self._get(f"/api/2.0/mlflow/experiments/get-by-name?{query}", 30))["experiment"]
+            number = found["experiment_id"]
+            tags = {tag["key"]: tag["value"] for tag in found.get("tags", [])}
         except (OSError, ValueError, KeyError):
             return self.url
+        address = f"{self.url}/#/experiments/{number}/runs?workflowType=machine_learning"
+        with contextlib.suppress(OSError):  # a store that cannot be written to can be looked at all the same
+            for key, value in missing_views(tags).items():
+                self._post("/api/2.0/mlflow/experiments/set-experiment-tag", experiment_id=number, key=key, value=value)
+                tags[key] = value
+        return f"{address}&viewStateShareKey={RUNS}" if PREFIX + RUNS in tags else address
 
     def wait(self) -> None:
         """Return when the server ends by itself. Raises RunFailed with what it said."""
@@ -129,9 +140,16 @@ class Pages(AbstractContextManager["Pages"]):
         raise RunFailed(f"the MLflow server did not answer in {START_SECONDS:.0f} s: {self._last_words()}")
 
     def _get(self, path: str, timeout: float) -> bytes:
+        return self._answer(urllib.request.Request(self.url + path), timeout)
+
+    def _post(self, path: str, **content: str) -> None:
+        header = {"Content-Type": "application/json"}
+        self._answer(urllib.request.Request(self.url + path, json.dumps(content).encode(), header), 30)
+
+    def _answer(self, request: urllib.request.Request, timeout: float) -> bytes:
         # No proxy: the server is on this machine.
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(self.url + path, timeout=timeout) as answer:
+        with opener.open(request, timeout=timeout) as answer:
             return bytes(answer.read())
 
     def _read(self, stream: IO[str]) -> None:

@@ -7,7 +7,8 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,9 +23,11 @@ from cosa_ray.training.session import RaySession
 RAY_TRAIN_SETTINGS = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
 }
+# On a cluster of one machine, which nobody takes away: one process less a run.
+LOCAL_SETTINGS = {**RAY_TRAIN_SETTINGS, "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 
 
 @contextlib.contextmanager
@@ -35,16 +38,17 @@ def ray_cluster() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    for key, value in RAY_TRAIN_SETTINGS.items():
-        os.environ.setdefault(key, value)
     started = not os.environ.get("RAY_ADDRESS")
-    # The dashboard stays on: without it Ray leaks the placement groups of stopped trials.
+    for key, value in (LOCAL_SETTINGS if started else RAY_TRAIN_SETTINGS).items():
+        os.environ.setdefault(key, value)
+    # The dashboard stays on: without it Ray leaks the placement groups of stopped trials. Processes of a cluster that
+    # is started here have this environment; said once more, it would make each of them import Ray twice.
     ray.init(
         address="local" if started else None,
         include_dashboard=True if started else None,
         log_to_driver=False,
         logging_level=logging.WARNING,
-        runtime_env={"env_vars": RAY_TRAIN_SETTINGS},
+        runtime_env=None if started else {"env_vars": RAY_TRAIN_SETTINGS},
     )
     try:
         yield
@@ -63,17 +67,15 @@ def fit(job: Job, monitor: Any, callbacks: Sequence[Any] = ()) -> Outcome:
     """Run a job's workers under Ray Train and wait; also what a Tune trial calls. Never raises for a failed run."""
     import ray
     import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
 
     config = job.config
     os.environ.update({key: os.environ.get(key, value) for key, value in RAY_TRAIN_SETTINGS.items()})
     job = replace(job, cpus_per_worker=cpus_per_worker(config, ray.cluster_resources()))
     storage, _, name = job.folder.rpartition("/")
-    ray.get(monitor.keep.remote(_mistake_of(job.name), None))
-    trainer = TorchTrainer(
-        _work,
-        train_loop_config={"job": job, "monitor": monitor},
-        torch_config=TorchConfig(backend="nccl" if config.resources.gpus_per_worker else "gloo"),
+    # Neither the job nor its outcome passes through the controller as an object of ours: it would import all of torch
+    # and of this project to read it, for seconds and half a gigabyte.
+    trainer = _trainer(config)(
+        partial(_work, job, monitor),
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.workers,
             use_gpu=config.resources.gpus_per_worker > 0,
@@ -91,18 +93,36 @@ def fit(job: Job, monitor: Any, callbacks: Sequence[Any] = ()) -> Outcome:
     outcome: Outcome | None = None
     cause = "the workers returned nothing"
     try:
-        outcome = trainer.fit().return_value
+        if (returned := trainer.fit().return_value) is not None:
+            outcome = Outcome(**returned)
     except ray.train.TrainingFailedError as error:
         cause = _cause(error)
-    cause = ray.get(monitor.kept.remote(_mistake_of(job.name))) or cause
+    if mistake := ray.get(monitor.kept.remote(_mistake_of(job.name))):
+        cause = mistake
+        ray.get(monitor.keep.remote(_mistake_of(job.name), None))  # the run may be continued
     if outcome is None or outcome.state == "failed":
         run = read_run(job.folder)
         return Outcome("failed", run.step if run else 0, cause)
     return outcome
 
 
-def _work(handed: dict[str, Any]) -> Outcome:
-    """What every worker runs.
+def _trainer(config: Config) -> Any:
+    """What makes the Ray Train trainer: with a process group of torch where there are workers to join.
+
+    One worker needs none, and without it Ray's controller does not import torch.
+    """
+    if config.workers == 1 and not config.resources.gpus_per_worker:
+        from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+        return DataParallelTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    backend = "nccl" if config.resources.gpus_per_worker else "gloo"
+    return partial(TorchTrainer, torch_config=TorchConfig(backend=backend))
+
+
+def _work(job: Job, monitor: Any) -> dict[str, Any]:
+    """What every worker runs; returns the fields of its outcome.
 
     A mistake of the user that one worker alone meets would leave the others waiting in a collective: the worker tells
     the monitor and fails, Ray ends the group, and the group that it starts again reads the sentence and returns.
@@ -110,18 +130,18 @@ def _work(handed: dict[str, Any]) -> Outcome:
     import ray
     import ray.train
 
-    job, monitor, context = handed["job"], handed["monitor"], ray.train.get_context()
+    context = ray.train.get_context()
     if (sentence := ray.get(monitor.kept.remote(_mistake_of(job.name)))) is not None:
-        return Outcome("failed", 0, sentence)
+        return asdict(Outcome("failed", 0, sentence))
     session = RaySession(monitor, job.name, context.get_world_rank())
     try:
-        return run_worker(job, session, worker_device(job.config))
+        return asdict(run_worker(job, session, worker_device(job.config)))
     except UserError as error:
         session.close()
         ray.get(monitor.keep.remote(_mistake_of(job.name), str(error)))
         if context.get_world_size() > 1:
             raise
-        return Outcome("failed", 0, str(error))
+        return asdict(Outcome("failed", 0, str(error)))
 
 
 def _mistake_of(run: str) -> str:

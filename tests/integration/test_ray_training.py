@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -93,12 +93,29 @@ def test_ray_and_local_are_the_same_bits(ray_cluster: str, tiny: Make) -> None:
     assert curve(config, train(config, name="ray")) == curve(config, train(config, name="bare", local=True))
 
 
+def test_ray_s_controller_does_not_import_torch(ray_cluster: str, tiny: Make) -> None:
+    """Neither for what it hands to a single worker nor for what that returns: seconds, half a gigabyte a run."""
+    mapped: set[str] = set()
+
+    def look(done: threading.Event) -> None:
+        while not done.wait(0.1):
+            for process in psutil.process_iter(["cmdline"]):
+                if any("TrainController" in word for word in process.info["cmdline"] or []):
+                    with suppress(psutil.Error):
+                        mapped.update(Path(file.path).name for file in process.memory_maps())
+
+    with watching(look):
+        train(tiny(), name="light")
+    assert any(name.startswith("_raylet") for name in mapped), "seen at work"
+    assert not any("torch" in name for name in mapped)
+
+
 def test_a_mistake_that_one_worker_meets_ends_the_run(
     ray_cluster: str, tiny: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The other one waits in a collective, for half an hour if nobody ends it; and nothing starts again."""
 
-    def work(handed: dict[str, Any]) -> Any:  # a function of a function: Ray carries it to the workers as it is
+    def work(job: Any, monitor: Any) -> Any:  # a function of a function: Ray carries it to the workers as it is
         from cosa_ray.errors import UserError
         from cosa_ray.training import ray_train
 
@@ -112,7 +129,7 @@ def test_a_mistake_that_one_worker_meets_ends_the_run(
             return original(job, session, device)
 
         ray_train.run_worker = run
-        return ray_train._work(handed)
+        return ray_train._work(job, monitor)
 
     config = tiny(workers=2)
     monkeypatch.setattr("cosa_ray.training.ray_train._work", work)

@@ -75,7 +75,8 @@ def test_the_command_prints_a_link_that_answers_and_leaves_no_process(folder, nu
     try:
         assert process.stdout is not None
         link = process.stdout.readline().strip()
-        assert link == f"http://127.0.0.1:{port}/#/experiments/1/runs?workflowType=machine_learning"
+        runs = f"http://127.0.0.1:{port}/#/experiments/1/runs?workflowType=machine_learning"
+        assert link == f"{runs}&viewStateShareKey=cosa-ray-runs"
         with urllib.request.urlopen(link, timeout=60) as page:
             assert b"MLflow" in page.read()
         # MLflow alone starts ten, most of them for jobs that are never run here.
