@@ -108,6 +108,7 @@ def run_sweep(
         import ray
 
         from cosa_ray.tracking.store import check_reachable
+        from cosa_ray.tracking.views import sweep_view
         from cosa_ray.training.session import start_monitor
         from cosa_ray.tuning import hooks
         from cosa_ray.tuning.journal import ENDED
@@ -130,6 +131,7 @@ def run_sweep(
         if tracking is not None:
             ray.get(monitor.keep.remote(STORE, tracking.store.uri))
         parent = stack.enter_context(parent_run(tracking, sweep))
+        parent.tracker.offer_view(sweep_view(name, metrics, list(sweep.space), config.training.steps))
         trials = Trials(
             sweep=name,
             config=apply_overrides(config, {"resources.cpus_per_worker": fit.cpus_per_worker}, "resources"),

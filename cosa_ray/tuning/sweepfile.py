@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cosa_ray.config.load import (
     apply_overrides,
@@ -118,6 +118,11 @@ class Sweep(Section):
     failures: Count = Field(5, description="So many trials that fail in a row end the sweep.")
     restarts: CountOrZero = Field(2, description="Times a trial whose process was killed is started again.")
     keep: Literal["best", "all"] = Field("best", description="Whose checkpoints stay when the sweep has finished.")
+
+    @field_validator("points")
+    @classmethod
+    def _as_in_a_space(cls, points: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
+        return tuple({key: as_value(value) for key, value in point.items()} for point in points)
 
     @property
     def several(self) -> bool:
