@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,10 +15,10 @@ import numpy as np
 from cosa_ray.config.protocol import load_protocol
 from cosa_ray.errors import UserError
 from cosa_ray.evaluation.confusion import ious, paired_intervals
-from cosa_ray.evaluation.report import RESULT, Report, read_per_image
+from cosa_ray.evaluation.report import Report, read_per_image
 from cosa_ray.evaluation.tally import plain_name
 from cosa_ray.reporting.subjects import Side
-from cosa_ray.training.evaluating import EVALUATIONS
+from cosa_ray.training.evaluating import read_evaluations
 from cosa_ray.training.runs import Run
 
 RANKED = 24  # images listed by how much the first two sides differ on them
@@ -59,17 +58,10 @@ Chosen = dict[int, list[Evaluated]]
 def evaluations_of(run: Run) -> dict[str, Evaluated]:
     """The evaluation of a run under every prefix of metrics: of its best checkpoint, else the newest."""
     best = run.checkpoints.best()
-    first = f"step_{best.step:08d}" if best is not None else ""
     found: dict[str, Evaluated] = {}
-    for name in run.folder.folders(EVALUATIONS):
-        newest_first = run.folder.folders(f"{EVALUATIONS}/{name}")[::-1]
-        for step in sorted(newest_first, key=lambda step: step != first):
-            place = f"{EVALUATIONS}/{name}/{step}"
-            text = run.folder.read_text(f"{place}/{RESULT}")
-            if text is not None:  # a kill can leave a folder without it
-                report = Report(**json.loads(text))
-                found[report.prefix] = Evaluated(run, place, report)
-                break
+    for place, report in read_evaluations(run):
+        if report.prefix not in found or (best is not None and report.step == best.step):
+            found[report.prefix] = Evaluated(run, place, report)
     return found
 
 

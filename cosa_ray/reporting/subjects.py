@@ -136,29 +136,10 @@ def _seeds(word: str, storage: str) -> tuple[Run, ...]:
 
 def _filtered(word: str, experiment: str) -> tuple[list[Run], list[str]]:
     """The runs an MLflow filter finds, oldest first, and what was left out."""
-    from cosa_ray.tracking.store import FOLDER_TAG, Store, sqlite_path, tracking_uri
+    from cosa_ray.tracking.store import FOLDER_TAG, Store, filtered_runs, tracking_uri
 
     store = Store(tracking_uri(Config()), experiment)
-    path = sqlite_path(store.uri)
-    if path is not None and not path.exists():
-        raise UserError(f"{word}: there is no MLflow store at {path}; set MLFLOW_TRACKING_URI to the one meant.")
-    from mlflow.exceptions import MlflowException
-
-    try:
-        client = store.client()
-        place = client.get_experiment_by_name(experiment)
-        listed = (
-            client.search_runs(
-                [place.experiment_id],
-                filter_string=word.removeprefix(FILTER),
-                order_by=["attributes.start_time ASC"],
-                max_results=1000,
-            )
-            if place
-            else []
-        )
-    except MlflowException as error:
-        raise UserError(f"{word}: MLflow does not answer this filter ({store.said(error)}); mend it.") from None
+    listed = filtered_runs(store, word.removeprefix(FILTER), word)
     runs, gone = [], []
     for each in listed:
         tags = each.data.tags

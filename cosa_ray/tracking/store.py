@@ -18,6 +18,7 @@ from cosa_ray.tracking.views import new_experiment_tags, offer_views
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 log = logging.getLogger(__name__)
 RUN_TAG = "cosa_ray.run"
@@ -228,6 +229,27 @@ def find_run(client: MlflowClient, experiment_id: str, name: str, folder: str | 
         [experiment_id], filter_string=f"tags.`{RUN_TAG}` = '{name}'", order_by=["attributes.start_time ASC"]
     )
     return next((run.info.run_id for run in runs if folder in (None, run.data.tags.get(FOLDER_TAG))), None)
+
+
+def filtered_runs(store: Store, words: str, where: str, *, most: int = 1000, newest_first: bool = False) -> list[Run]:
+    """Runs of the store's experiment that an MLflow filter finds, by their start; none where there is no experiment.
+
+    Raises UserError, beginning with `where`, when there is no store or MLflow does not answer the filter.
+    """
+    path = sqlite_path(store.uri)
+    if path is not None and not path.exists():  # asked, MLflow would make one
+        raise UserError(f"{where}: there is no MLflow store at {path}; set MLFLOW_TRACKING_URI to the one meant.")
+    client = store.client()
+    from mlflow.exceptions import MlflowException
+
+    try:
+        place = client.get_experiment_by_name(store.experiment)
+        if place is None:
+            return []
+        order = [f"attributes.start_time {'DESC' if newest_first else 'ASC'}"]
+        return list(client.search_runs([place.experiment_id], words, max_results=most, order_by=order))
+    except MlflowException as error:
+        raise UserError(f"{where}: MLflow does not answer this filter ({store.said(error)}); mend it.") from None
 
 
 def find_run_id(tracking: Tracking) -> str | None:

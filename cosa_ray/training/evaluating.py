@@ -185,6 +185,16 @@ def _is_own(found: Run, entry: CheckpointEntry, dataset: str, target: Split) -> 
     return own is not None and own.shards == target.card.shards
 
 
+def read_evaluations(run: Run) -> Iterator[tuple[str, Report]]:
+    """Every evaluation in a run's folder, by prefix and then newest first: (where it lies below the folder, report)."""
+    for name in run.folder.folders(EVALUATIONS):
+        for step in reversed(run.folder.folders(f"{EVALUATIONS}/{name}")):
+            place = f"{EVALUATIONS}/{name}/{step}"
+            text = run.folder.read_text(f"{place}/{RESULT}")
+            if text is not None:  # a kill can leave a folder without it
+                yield place, Report(**json.loads(text))
+
+
 def _place(prefix: str, step: int) -> str:
     """Where an evaluation lies, below the run's folder and among its artifacts."""
     return f"{EVALUATIONS}/{prefix.replace('/', '.')}/step_{step:08d}"

@@ -109,7 +109,7 @@ def fit(job: Job, monitor: Any, callbacks: Sequence[Any] = ()) -> Outcome:
 def _trainer(config: Config) -> Any:
     """What makes the Ray Train trainer: with a process group of torch where there are workers to join.
 
-    One worker needs none, and without it Ray's controller does not import torch.
+    One worker on CPUs needs none, and without it Ray's controller does not import torch.
     """
     if config.workers == 1 and not config.resources.gpus_per_worker:
         from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-MONITOR = "cosa_ray_monitor"
 POLL_SECONDS = 0.5
 
 

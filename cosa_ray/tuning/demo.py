@@ -22,7 +22,7 @@ from cosa_ray.training.session import Progress
 from cosa_ray.tuning.sweep import SweepProgress, SweepResult, load_sweep, run_sweep
 
 TOLERANCE = 1e-4
-# Few, because rounding grows from step to step: at the highest rates of the sweep tenfold in 25 steps of co-training.
+# Few, because rounding grows from step to step, at the highest learning rates of the sweep past the tolerance.
 STEPS, WARMUP = 60, 40
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from cosa_ray.config.load import nest
 from cosa_ray.config.schema import Config
 from cosa_ray.errors import UserError
-from cosa_ray.tracking.store import Store, tracking_uri
+from cosa_ray.tracking.store import Store, filtered_runs, tracking_uri
 from cosa_ray.training.storage import RunFolder
 from cosa_ray.tuning.search import Known
 from cosa_ray.tuning.space import Dimension, sample
@@ -49,15 +49,8 @@ def keep_earlier(folder: RunFolder, known: list[Known]) -> None:
 def _search(sweep: Sweep, base: Config, metrics: Mapping[str, Mode], where: str) -> list[Known]:
     assert sweep.earlier is not None
     store = Store(tracking_uri(base), sweep.earlier.experiment or base.tracking.experiment)
+    runs = filtered_runs(store, sweep.earlier.runs, f"{where}: earlier.runs", most=_MOST, newest_first=True)
     client = store.client()
-    from mlflow.exceptions import MlflowException
-
-    try:
-        experiment = client.get_experiment_by_name(store.experiment)
-        ids = [experiment.experiment_id] if experiment is not None else []
-        runs = client.search_runs(ids, sweep.earlier.runs, max_results=_MOST) if ids else []
-    except MlflowException as error:
-        raise UserError(f"{where}: earlier.runs: MLflow at {store.shown} says: {store.said(error)}") from None
     known, outside = [], 0
     for run in runs:
         if run.info.status != "FINISHED" or "cosa_ray.stopped_by" in run.data.tags:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cosa_ray.tuning.journal import Entry
-from cosa_ray.tuning.results import SweepResult, TrialResult
+from cosa_ray.tuning.results import SweepResult, TrialResult, grouped
 from cosa_ray.tuning.sweepfile import Mode
 from cosa_ray.tuning.watch import better
 
@@ -65,12 +65,9 @@ def _best_so_far(
     axes: Axes, counted: Sequence[TrialResult], metric: str, mode: Mode, *, last: int, repeated: bool
 ) -> None:
     """The best by then, up to the last trial; of repeats by their mean, which is drawn too."""
-    groups: dict[int, list[TrialResult]] = {}
-    for trial in counted:
-        groups.setdefault(trial.configuration, []).append(trial)
     course: list[tuple[int, float]] = []
     best = ""
-    for group in groups.values():
+    for group in grouped(counted).values():
         at, mean = int(group[-1].id), float(np.mean([trial.scores[metric] for trial in group]))
         if repeated:
             axes.hlines(mean, int(group[0].id) - 0.3, at + 0.3, color=BLUE, linewidth=2, zorder=4)

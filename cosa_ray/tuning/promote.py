@@ -31,7 +31,7 @@ from cosa_ray.tuning.choosing import (
     stored_sweep,
 )
 from cosa_ray.tuning.promotion import Configuration, PromotedRun, Promotion, machine_words
-from cosa_ray.tuning.results import SweepResult, TrialResult
+from cosa_ray.tuning.results import SweepResult, TrialResult, grouped
 from cosa_ray.tuning.sweep import SWEEP_FILE, run_sweep
 
 if TYPE_CHECKING:
@@ -197,22 +197,14 @@ def _evaluate(
 
 def _evaluated(trial: TrialResult, protocol: Protocol) -> Report | None:
     """The evaluation of a run's best checkpoint under a protocol that is there already."""
-    from cosa_ray.evaluation.report import RESULT, Report
-    from cosa_ray.training.evaluating import EVALUATIONS
+    from cosa_ray.training.evaluating import read_evaluations
     from cosa_ray.training.runs import find_run
 
     run = find_run(trial.folder)
     entry, data = run.best(), run.config().data
-    for name in run.folder.folders(EVALUATIONS):
-        text = run.folder.read_text(f"{EVALUATIONS}/{name}/step_{entry.step:08d}/{RESULT}")
-        if text is None:
-            continue
-        report = Report(**json.loads(text))
-        same = (report.checkpoint, report.dataset, report.split) == (
-            entry.name,
-            data.dataset,
-            protocol.split or data.val_split,
-        )
+    wanted = (entry.name, data.dataset, protocol.split or data.val_split)
+    for _, report in read_evaluations(run):
+        same = (report.checkpoint, report.dataset, report.split) == wanted
         if same and Protocol.model_validate(report.protocol) == protocol:
             return report
     return None
@@ -230,11 +222,8 @@ def _sum_up(source: Source, plan: Plan, result: SweepResult, evaluated: Mapping[
     cams = f"{prefixes[0] if prefixes else metric_prefix(own, images)}/cam_miou_best"
     decide = [best_metric(own, prefix) for prefix in prefixes] or list(result.metrics)
     sources = {key_of(choice.values): choice for choice in choices(source.result)} if source.result is not None else {}
-    groups: dict[int, list[TrialResult]] = {}
-    for trial in result.trials:
-        groups.setdefault(trial.configuration, []).append(trial)
     configurations = []
-    for trials in groups.values():
+    for trials in grouped(result.trials).values():
         came_from = sources.get(key_of(trials[0].values))
         configurations.append(
             Configuration(

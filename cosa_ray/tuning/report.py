@@ -21,7 +21,7 @@ import numpy as np
 
 from cosa_ray.training.storage import RunFolder
 from cosa_ray.tuning.journal import Entry
-from cosa_ray.tuning.results import BEST_FILE, SweepResult, TrialResult, read_result
+from cosa_ray.tuning.results import BEST_FILE, SweepResult, TrialResult, grouped, read_result
 from cosa_ray.tuning.sweepfile import Sweep
 from cosa_ray.tuning.watch import duration
 
@@ -188,11 +188,8 @@ def leaderboard(result: SweepResult) -> Table:
 def by_configuration(result: SweepResult) -> Table:
     """Configurations, best mean first: mean and standard deviation (n - 1) over their repeats, and how many count."""
     settings = list(dict.fromkeys(name for trial in result.trials for name in trial.values))
-    groups: dict[int, list[TrialResult]] = {}
-    for trial in result.trials:
-        groups.setdefault(trial.configuration, []).append(trial)
     rows: list[dict[str, Any]] = []
-    for number, group in groups.items():
+    for number, group in grouped(result.trials).items():
         row: dict[str, Any] = {"rank": None, "configuration": f"{number:03d}"}
         counted = [trial.scores for trial in group if trial.succeeded and len(trial.scores) == len(result.metrics)]
         for metric in result.metrics:

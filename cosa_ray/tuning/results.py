@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -152,13 +152,18 @@ def trial_result(entry: Entry, trials: Trials, metrics: Mapping[str, Mode]) -> T
     )
 
 
+def grouped(trials: Iterable[TrialResult]) -> dict[int, list[TrialResult]]:
+    """Trials by their configuration."""
+    groups: dict[int, list[TrialResult]] = {}
+    for trial in trials:
+        groups.setdefault(trial.configuration, []).append(trial)
+    return groups
+
+
 def best_trial(trials: Sequence[TrialResult], metrics: Mapping[str, Mode]) -> TrialResult | None:
     """The first trial of the configuration whose repeats have the best mean score; None when none has a score."""
     metric, mode = next(iter(metrics.items()))
-    groups: dict[int, list[TrialResult]] = {}
-    for trial in trials:
-        if trial.succeeded and metric in trial.scores:
-            groups.setdefault(trial.configuration, []).append(trial)
+    groups = grouped(trial for trial in trials if trial.succeeded and metric in trial.scores)
     sign = 1.0 if mode == "max" else -1.0
     means = {number: sign * float(np.mean([t.scores[metric] for t in group])) for number, group in groups.items()}
     return groups[max(means, key=lambda number: (means[number], -number))][0] if means else None

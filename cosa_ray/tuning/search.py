@@ -80,11 +80,13 @@ class Search:
         return self._journal.add(values, seed=self._seeds[0], origin=origin)
 
     def _configurations(self) -> int:
+        if self._grid:
+            return len(self._grid)
         count = wanted(self._sweep)
         return min(count, len(self._first)) if self._sweep.search == "points" else count
 
     def _chosen(self, index: int) -> dict[str, Any]:
-        """Configuration `index` of a grid, or at random; those that are tried first do not count in a grid."""
+        """Configuration `index` of a grid, or at random."""
         if self._grid:
             return self._grid[index]
         generator = np.random.default_rng([self._sweep.search_seed, index])
@@ -208,7 +210,7 @@ def frozen_trial(
     from optuna.trial import FixedTrial, TrialState, create_trial
 
     fixed = FixedTrial(_as_parameters(space, values))
-    sample({name: space[name] for name in space}, lambda name, dimension: dimension.suggest(fixed, name))
+    sample(space, lambda name, dimension: dimension.suggest(fixed, name))
     distributions: dict[str, optuna.distributions.BaseDistribution] = fixed.distributions
     state = TrialState.FAIL if failed else TrialState.RUNNING if scores is None else TrialState.COMPLETE
     if pruned and scores is not None:

@@ -48,22 +48,13 @@ def importances(found: Mapping[str, Importance]) -> Figure:
         places = np.arange(len(names))
         both = bool(each.shares and each.early)
         height, shift = (0.38, 0.2) if both else (0.7, 0.0)
-
-        def bars(values: Mapping[str, float], at: float, names: list[str] = names, **look: Any) -> None:
-            shown = [(place, 100 * values[name]) for place, name in enumerate(names) if name in values]
-            if shown:
-                y, x = zip(*shown, strict=True)
-                axes.bar_label(  # noqa: B023 - called in this round of the loop only
-                    axes.barh(np.array(y) + at, x, height=height, **look),  # noqa: B023
-                    fmt="%.0f %%",
-                    padding=3,
-                    fontsize=8,
-                )
-
-        bars(each.shares, shift, color=BLUE, label=f"the {each.configurations} that ran to their end")
-        bars(each.conditional, shift, color="white", edgecolor=BLUE, hatch="////", label="among those that have it")
+        label = f"the {each.configurations} that ran to their end"
+        _bars(axes, each.shares, names, shift, height=height, color=BLUE, label=label)
+        look = {"height": height, "color": "white", "edgecolor": BLUE, "hatch": "////"}
+        _bars(axes, each.conditional, names, shift, label="among those that have it", **look)
         if each.early:
-            bars(each.early, -shift, color=GREEN, label=f"all, as they were by step {each.early_step}")
+            label = f"all, as they were by step {each.early_step}"
+            _bars(axes, each.early, names, -shift, height=height, color=GREEN, label=label)
         axes.set_yticks(
             places, [f"{name} ({each.among[name]})" if name in each.among else name for name in names], fontsize=8.5
         )
@@ -73,6 +64,14 @@ def importances(found: Mapping[str, Importance]) -> Figure:
         axes.set_xlabel(f"share of the variance of {metric} explained by the setting alone{hint}")
     legend(figure, panels[0])
     return figure
+
+
+def _bars(axes: Axes, values: Mapping[str, float], names: Sequence[str], at: float, **look: Any) -> None:
+    """Shares as labelled bars beside their settings, shifted by `at`."""
+    shown = [(place + at, 100 * values[name]) for place, name in enumerate(names) if name in values]
+    if shown:
+        y, x = zip(*shown, strict=True)
+        axes.bar_label(axes.barh(y, x, **look), fmt="%.0f %%", padding=3, fontsize=8)
 
 
 def parallel(study: Study, metrics: Mapping[str, Mode], order: Sequence[str] = ()) -> Figure:

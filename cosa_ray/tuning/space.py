@@ -300,7 +300,7 @@ def extremes(space: Space, base_value: float, key: str) -> tuple[float, float]:
         factor *= dimension.times
         dimension = space[dimension.same]
     # A quoted number is one too: the config takes it as such.
-    values += [float(value) * factor for value in dimension.corners() if value is not None]  # type: ignore[arg-type]
+    values += [number * factor for value in dimension.corners() if (number := as_number(value)) is not None]
     return min(values), max(values)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -111,13 +111,12 @@ def run_sweep(
         from cosa_ray.tracking.views import sweep_view
         from cosa_ray.training.session import start_monitor
         from cosa_ray.tuning import hooks
-        from cosa_ray.tuning.journal import ENDED
         from cosa_ray.tuning.trial import STORE, Trials, settle
 
         pauses = tuple(generations(sweep, config, where)) if sweep.scheduler == "pbt" else ()
         fit = _divide(sweep, config, search.total, drivers=search.total if pauses else None)
         at_once = search.total if pauses else fit.concurrency
-        done = sum(entry.state in ENDED for entry in journal.entries())
+        done = len(journal) - len(again)
         most = check_size(folder, sizes, trials=search.total - done, at_once=at_once)
         say(_plan(sweep, config, search.total, done, fit, most))
         tracking = parent_tracking(config, name, folder.uri, track)
@@ -125,6 +124,7 @@ def run_sweep(
             check_reachable(tracking, sum(node["Alive"] for node in ray.nodes()))
         for file, content in files.items():
             folder.write_text(file, content)
+        _reopen(journal, again)
         if known:
             keep_earlier(folder, known)
         monitor = start_monitor(fit.concurrency)
@@ -182,11 +182,14 @@ def _again(journal: Journal, retry_failed: bool) -> list[int]:
     from cosa_ray.tuning.journal import ENDED
 
     states = [state for state in ENDED if not (retry_failed and state == "failed")]
-    again = [entry for entry in journal.entries() if entry.state not in states]
-    for entry in again:
-        if entry.state == "failed":
-            journal.update(entry.number, state="interrupted", kind=None, cause=None)
-    return [entry.number for entry in again]
+    return [entry.number for entry in journal.entries() if entry.state not in states]
+
+
+def _reopen(journal: Journal, again: Sequence[int]) -> None:
+    """Trials that failed and go on have not failed any more; only once nothing can be refused: it forgets the cause."""
+    for number in again:
+        if journal[number].state == "failed":
+            journal.update(number, state="interrupted", kind=None, cause=None)
 
 
 def _result(

@@ -25,8 +25,12 @@ def alike(one: Any, other: Any) -> bool:
         return len(one) == len(other) and all(map(alike, one, other))
     if type(one) is type(other) and one == other:
         return True
-    numbers = as_number(one), as_number(other)
-    return numbers[0] is not None and numbers[1] is not None and math.isclose(numbers[0], numbers[1])
+    first, second = as_number(one), as_number(other)
+    if first is None or second is None:
+        return False
+    if first.is_integer() and second.is_integer():  # relative closeness would make large neighbours one
+        return first == second
+    return math.isclose(first, second)
 
 
 def as_number(value: Any) -> float | None:
@@ -35,7 +39,7 @@ def as_number(value: Any) -> float | None:
         return None
     try:
         return number if math.isfinite(number := float(value)) else None
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
 
 

@@ -155,6 +155,7 @@ def test_a_value_may_be_written_as_a_config_takes_it(dimension: dict[str, Any], 
         ({"choice": [1, 2]}, True),
         ({"choice": [None]}, "None"),
         ({"choice": [[1, 2]]}, [1, 2, 3]),
+        ({"choice": [2_000_000_000, 1_999_999_999]}, 1_999_999_998),
         ({"same": "x"}, 1),
     ],
 )

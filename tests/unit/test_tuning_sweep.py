@@ -19,7 +19,7 @@ from cosa_ray.tuning.journal import Entry, Journal
 from cosa_ray.tuning.metrics import reported, sweep_metrics
 from cosa_ray.tuning.parent import Parent, deliver_rest
 from cosa_ray.tuning.results import SweepResult, TrialResult, write_result
-from cosa_ray.tuning.sweep import NAME_LENGTH, _again, _check_folder, _result, run_sweep
+from cosa_ray.tuning.sweep import NAME_LENGTH, _again, _check_folder, _reopen, _result, run_sweep
 from cosa_ray.tuning.sweepfile import Budget, Sweep, dump_sweep
 from cosa_ray.tuning.trial import Trials
 from cosa_ray.tuning.watch import Watch
@@ -205,6 +205,10 @@ def test_who_goes_on_when_a_sweep_is_resumed(tmp_path: Path, retry_failed: bool,
     for state in STATES:
         journal.add({}, state=state, **({"kind": "diverged", "cause": "x"} if state == "failed" else {}))
     assert _again(journal, retry_failed) == again
+    written = Journal(RunFolder(str(tmp_path)))
+    # Whatever is refused after this, nothing is forgotten.
+    assert (written[5].state, written[5].cause) == ("failed", "x")
+    _reopen(journal, again)
     failed = Journal(RunFolder(str(tmp_path)))[5]
     assert (failed.state, failed.kind, failed.cause) == (
         ("interrupted", None, None) if retry_failed else ("failed", "diverged", "x")
