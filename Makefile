@@ -8,6 +8,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.cosa-ray
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
+# Tests that start Ray run one after the other in one process (see tests/conftest.py), the others beside them.
+SPREAD := -n 2 --dist loadgroup --no-loadscope-reorder
 UV := $(shell command -v uv 2>/dev/null)
 
 .PHONY: demo test test-full lint format install clean
@@ -15,10 +17,10 @@ demo: install
 	$(BIN)/cosa-ray demo
 
 test: install
-	$(BIN)/pytest -m "not slow" --durations=15
+	$(BIN)/pytest -m "not slow" $(SPREAD) --durations=15
 
 test-full: install
-	$(BIN)/pytest
+	$(BIN)/pytest $(SPREAD)
 
 lint: install
 	$(BIN)/ruff check .

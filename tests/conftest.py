@@ -23,6 +23,14 @@ def outside(variable: str, default: str) -> Path:
     return folder
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Under pytest-xdist: what starts Ray in one process, one cluster a host; the tests of any other file together."""
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            item.add_marker(pytest.mark.xdist_group("ray" if item.get_closest_marker("ray") else item.path.name))
+
+
 @pytest.fixture(scope="session")
 def golden():
     """Load a golden file by name as a dict of arrays."""

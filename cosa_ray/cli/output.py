@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -120,6 +121,16 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
         shown.add_row(*row)
     # Piped output keeps its full width: a folded table cannot be read by a script.
     Console(width=None if sys.stdout.isatty() else 160).print(shown)
+
+
+def heading(key: str, width: int = 12) -> str:
+    """A dotted setting as the heading of a narrow column: a line a section, long ones broken at their underscores."""
+    lines = [""]
+    for piece in re.findall(r"[^._]+[._]?", key):
+        if lines[-1] and (lines[-1].endswith(".") or len(lines[-1]) + len(piece) > width):
+            lines.append("")
+        lines[-1] += piece
+    return "\n".join(lines)
 
 
 def metrics_table(title: str, metrics: dict[str, float]) -> None:

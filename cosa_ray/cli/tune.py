@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cosa_ray.cli.output import PLAIN_SECONDS, json_only, say, table
+from cosa_ray.cli.output import PLAIN_SECONDS, heading, json_only, say, table
 from cosa_ray.cli.train import AsJson, Set
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def print_sweep(result: SweepResult) -> None:
         ]
         for trial in result.ranked()
     ]
-    columns = ["trial", "state", "step", *metrics, *(["seed"] if seeds else []), *keys]
+    columns = ["trial", "state", "step", *metrics, *(["seed"] if seeds else []), *map(heading, keys)]
     table(f"{result.name}: {result.state}, by {' and '.join(metrics)}", columns, rows)
     for trial in result.trials:
         if trial.state == "failed":
@@ -144,7 +144,7 @@ def trial_rows(progress: SweepProgress) -> tuple[list[str], list[list[str]]]:
         ]
         for row in progress.rows
     ]
-    return ["trial", "state", "step", f"best {progress.metric}", *keys], rows
+    return ["trial", "state", "step", f"best {progress.metric}", *map(heading, keys)], rows
 
 
 def _number(value: Any) -> str:
