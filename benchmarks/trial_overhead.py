@@ -287,7 +287,7 @@ def answer_times(uri: str, repeats: int = 7) -> dict[str, float]:
     }
 
 
-def left_behind(seconds: float = 15.0) -> dict[str, float]:
+def left_behind(seconds: float = 15.0) -> dict[str, Any]:
     """Actors, placement groups, worker processes and resources once the sweep is over, after at most `seconds`."""
     import ray
     from ray.util import placement_group_table
@@ -306,6 +306,7 @@ def left_behind(seconds: float = 15.0) -> dict[str, float]:
     titles = [child.cmdline()[:1] for child in psutil.Process().children(recursive=True) if child.is_running()]
     return {
         "actors": len(actors),
+        "their_names": sorted({actor.class_name for actor in actors}),
         "placement_groups": len(groups),
         "cpus_lent": round(lent, 3),
         "working_processes": sum(
@@ -380,7 +381,7 @@ def table(part: str, said: dict[str, Any]) -> Iterator[str]:
             yield f"  {key:12s} {first[key]:8.1f} to {last[key]:8.1f}, {change:+.3f} a trial over the second half"
         for answer in said["store"]:
             yield "  store: " + ", ".join(f"{key} {value:.1f}" for key, value in answer.items())
-        yield "  left: " + ", ".join(f"{key} {value:g}" for key, value in said["left"].items())
+        yield "  left: " + ", ".join(f"{key} {value}" for key, value in said["left"].items())
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -188,3 +189,11 @@ def start_monitor(slots: int | None = None) -> Any:
 
     # Zero CPUs, so that it never takes a worker's place; beside the driver, which it serves.
     return ray.remote(num_cpus=0, max_concurrency=4)(Monitor).remote(slots)
+
+
+def end_monitor(monitor: Any) -> None:
+    """End a monitor that others may hold a handle of, as Tune does of what its trials are given."""
+    import ray
+
+    with contextlib.suppress(ray.exceptions.RayError):
+        ray.kill(monitor)

@@ -109,7 +109,7 @@ def run_sweep(
 
         from cosa_ray.tracking.store import check_reachable
         from cosa_ray.tracking.views import sweep_view
-        from cosa_ray.training.session import start_monitor
+        from cosa_ray.training.session import end_monitor, start_monitor
         from cosa_ray.tuning import hooks
         from cosa_ray.tuning.trial import STORE, Trials, settle
 
@@ -128,6 +128,7 @@ def run_sweep(
         if known:
             keep_earlier(folder, known)
         monitor = start_monitor(fit.concurrency)
+        stack.callback(end_monitor, monitor)
         if tracking is not None:
             ray.get(monitor.keep.remote(STORE, tracking.store.uri))
         parent = stack.enter_context(parent_run(tracking, sweep))

@@ -52,6 +52,7 @@ def run_trials(sweep: Sweep, base: Config, trials: Trials, drivers: int, folder:
                 scheduler=make_scheduler(sweep, base, folder.uri, drive),
                 num_samples=-1,
                 max_concurrent_trials=drivers,
+                reuse_actors=True,
                 trial_dirname_creator=lambda trial: str(trial.config["trial"]),
             ),
             run_config=tune.RunConfig(

@@ -110,6 +110,7 @@ def test_killed_and_resumed_ends_in_the_same_bytes(tmp_path):
     killed_and_resumed(tmp_path, "local")
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_killed_on_ray_and_resumed_without_ends_in_the_same_bytes(tmp_path):
     killed_and_resumed(tmp_path, "ray")

@@ -122,12 +122,11 @@ def test_a_sweep_from_start_to_best(ray_cluster: str, tiny: Make, tmp_path: Path
         run_sweep(sweep.model_copy(update={"search_seed": 5}), base, name="first", resume=True)
 
 
+@pytest.mark.timeout(120)
 def test_a_sweep_that_cannot_fit_is_refused_not_waited_for(ray_cluster: str, tiny: Make, tmp_path: Path) -> None:
     sweep = Sweep.model_validate({"base": "tiny", "space": {"losses.cam_to_seg": {"uniform": [0.1, 0.2]}}, "trials": 2})
-    began = time.monotonic()
     with pytest.raises(UserError, match=r"3 workers x 1 .* = 3.001 CPUs, and there are 2 CPUs"):
         run_sweep(sweep, tiny(workers=3, resources__cpus_per_worker=1.0), name="large")
-    assert time.monotonic() - began < 60
     assert not (tmp_path / "runs").exists(), "the name is free for the next attempt"
 
 

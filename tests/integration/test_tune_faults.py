@@ -122,6 +122,7 @@ def test_a_killed_driver_loses_nothing(ray_cluster: str, tiny: Make, tmp_path: P
     assert idle(ray_cluster)
 
 
+@pytest.mark.slow
 def test_a_population_copies_weights_and_thresholds_bitwise(ray_cluster: str, tiny: Make) -> None:
     """Copied without a change of settings, the copy and its donor are one and the same run from there on."""
     base = tiny(training__steps=20, training__warmup_iters=4, evaluation__every=10, storage=tiny().storage)
@@ -169,6 +170,7 @@ def test_a_population_copies_weights_and_thresholds_bitwise(ray_cluster: str, ti
     assert len(runs) == 3
 
 
+@pytest.mark.slow
 def test_failures_in_a_row_end_a_sweep_and_memory_is_named(ray_cluster: str, tiny: Make) -> None:
     """An allocation no machine has fails as such; the second in a row ends the sweep, before the other four run."""
     sweep = Sweep.model_validate(
