@@ -189,7 +189,10 @@ def load_sweep(file: str | Path, overrides: Sequence[str] = ()) -> tuple[Sweep, 
         )
     given = parse_overrides(overrides)
     own = {key: value for key, value in given.items() if key in Sweep.model_fields}
-    where = str(path) + (" with --set" if own else "")
+    rest = {key: value for key, value in given.items() if key not in own}
+    if isinstance(own.get("space"), dict):
+        content = {**content, "space": _with_dimensions(content["space"], own.pop("space"))}
+    where = str(path) + (" with --set" if own or "space" in given else "")
     try:
         sweep = Sweep.model_validate(merge(content, own))
     except ValidationError as error:
@@ -198,7 +201,6 @@ def load_sweep(file: str | Path, overrides: Sequence[str] = ()) -> tuple[Sweep, 
     if base_file == path:  # sweeps/shapes.yaml on top of shapes.yaml
         base_file = find_experiment(sweep.base, path.parent.parent)
     base = apply_overrides(load_config(base_file), sweep.set, f"{path}: set")
-    rest = {key: value for key, value in given.items() if key not in own}
     for key in rest:
         if key not in Config.model_fields:
             close = difflib.get_close_matches(key, [*Sweep.model_fields, *Config.model_fields], n=1)
@@ -207,6 +209,24 @@ def load_sweep(file: str | Path, overrides: Sequence[str] = ()) -> tuple[Sweep, 
                 f"{f'; did you mean {close[0]}?' if close else '.'}"
             )
     return sweep, apply_overrides(base, rest, "--set") if rest else base
+
+
+def _with_dimensions(space: Any, given: Mapping[str, Any]) -> Any:
+    """A space with whole dimensions of `--set space.KEY={...}` in place of its own; null takes one out."""
+    changed = dict(space) if isinstance(space, dict) else {}
+
+    def change(key: str, value: Any) -> None:
+        if isinstance(value, dict) and value and not set(value) & set(Dimension.model_fields):
+            for part, below in value.items():  # a dotted setting, which --set has taken apart
+                change(f"{key}.{part}", below)
+        elif value is None:
+            changed.pop(key, None)
+        else:
+            changed[key] = value
+
+    for part, value in given.items():
+        change(part, value)
+    return changed
 
 
 # What may change when a sweep is resumed: how far it goes and what is kept, not what a trial is.

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from cosa_ray.config.load import SHIPPED, load_config
 from cosa_ray.errors import UserError
+from cosa_ray.tuning.space import Dimension
 from cosa_ray.tuning.sweepfile import (
     Sweep,
     check_sweep,
@@ -51,6 +52,15 @@ def test_overrides_reach_the_sweep_or_its_base(tmp_path: Path) -> None:
     sweep, base = load_sweep(file, ["trials=3", "asha.reduction_factor=4", "seed=7", "training.steps=900"])
     assert (sweep.trials, sweep.asha.reduction_factor) == (3, 4.0)
     assert (base.training.batch_size, base.training.steps, base.training.warmup_iters, base.seed) == (8, 900, 400, 7)
+
+
+def test_overrides_give_take_and_add_whole_dimensions(tmp_path: Path) -> None:
+    file = write(tmp_path, "space: {optimiser.lr: {loguniform: [1e-4, 1e-3]}, losses.cam_to_seg: {uniform: [0, 1]}}\n")
+    given = ["space.optimiser.lr={uniform: [0.1, 0.2]}", "space.losses.cam_to_seg=null", "space.seed.choice=[1, 2]"]
+    sweep, _ = load_sweep(file, given)
+    assert sweep.space == {"optimiser.lr": Dimension(uniform=(0.1, 0.2)), "seed": Dimension(choice=(1, 2))}
+    with pytest.raises(UserError, match=r"with --set: .*low < high"):
+        load_sweep(file, ["space.optimiser.lr={uniform: [0.2, 0.1]}"])
 
 
 @pytest.mark.parametrize(
