@@ -9,7 +9,7 @@ STAMP := $(VENV)/.cosa-ray
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
 # Tests that start Ray run one after the other in one process (see tests/conftest.py), the others beside them.
-SPREAD := -n 2 --dist loadgroup --no-loadscope-reorder
+SPREAD := -n 2 --no-loadscope-reorder
 UV := $(shell command -v uv 2>/dev/null)
 
 .PHONY: demo test test-full lint format install clean

@@ -23,12 +23,17 @@ def outside(variable: str, default: str) -> Path:
     return folder
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Under pytest-xdist: what starts Ray in one process, one cluster a host; the tests of any other file together."""
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            item.add_marker(pytest.mark.xdist_group("ray" if item.get_closest_marker("ray") else item.path.name))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Files in which something starts Ray go to one process, one after the other: one cluster a host."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class OneForRay(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "ray" if "pytest.mark.ray" in (ROOT / file).read_text() else file
+
+    return OneForRay(config, log)
 
 
 @pytest.fixture(scope="session")
@@ -110,18 +115,15 @@ def ray_cluster() -> Iterator[str]:
 
     import ray
 
-    from cosa_ray.training.ray_train import RAY_TRAIN_SETTINGS
+    from cosa_ray.training.ray_train import LOCAL_SETTINGS
 
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=True,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        runtime_env={"env_vars": RAY_TRAIN_SETTINGS},
-    )
-    yield ray.get_runtime_context().gcs_address
-    ray.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        # In the environment, which the cluster's processes have from here: a runtime_env costs each a second start.
+        for key, value in LOCAL_SETTINGS.items():
+            patch.setenv(key, value)
+        ray.init(address="local", num_cpus=2, include_dashboard=True, log_to_driver=False, logging_level=logging.ERROR)
+        yield ray.get_runtime_context().gcs_address
+        ray.shutdown()
 
 
 def history(uri: str, run_id: str, key: str) -> list[tuple[int, float]]:

@@ -114,11 +114,24 @@ def _trainer(config: Config) -> Any:
     if config.workers == 1 and not config.resources.gpus_per_worker:
         from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-        return DataParallelTrainer
+        return _without_datasets(DataParallelTrainer)
     from ray.train.torch import TorchConfig, TorchTrainer
 
     backend = "nccl" if config.resources.gpus_per_worker else "gloo"
-    return partial(TorchTrainer, torch_config=TorchConfig(backend=backend))
+    return partial(_without_datasets(TorchTrainer), torch_config=TorchConfig(backend=backend))
+
+
+def _without_datasets(trainer: Any) -> Any:
+    """A Ray Train trainer without the process that each run starts for its Ray Data sets: there are none.
+
+    The hook is undocumented; a Ray without it starts the process again, and nothing else changes.
+    """
+
+    class Trainer(trainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            return [each for each in super()._create_default_callbacks() if type(each).__name__ != "DatasetsCallback"]
+
+    return Trainer
 
 
 def _work(job: Job, monitor: Any) -> dict[str, Any]:

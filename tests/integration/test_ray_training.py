@@ -78,10 +78,11 @@ SETTINGS: dict[str, Any] = {"training__steps": 48, "checkpoint__every": 4, "eval
 
 
 class Ran(NamedTuple):
-    """An undisturbed run, and the names of the files that Ray's controller had mapped meanwhile."""
+    """An undisturbed run; the names of Ray's processes meanwhile, and of the files that its controller had mapped."""
 
     config: Config
     result: RunResult
+    processes: set[str]
     controller: set[str]
 
     def curve(self, key: str = "train/loss") -> list[tuple[int, float]]:
@@ -89,17 +90,21 @@ class Ran(NamedTuple):
 
 
 def undisturbed(config: Config, name: str) -> Ran:
+    processes: set[str] = set()
     mapped: set[str] = set()
 
     def look(done: threading.Event) -> None:
         while not done.wait(0.1):
             for process in psutil.process_iter(["cmdline"]):
-                if any("TrainController" in word for word in process.info["cmdline"] or []):
+                title = " ".join(process.info["cmdline"] or [])
+                if title.startswith("ray::"):
+                    processes.add(title.removeprefix("ray::").partition(".")[0])
+                if "TrainController" in title:
                     with suppress(psutil.Error):
                         mapped.update(Path(file.path).name for file in process.memory_maps())
 
     with watching(look):
-        return Ran(config, train(config, name=name), mapped)
+        return Ran(config, train(config, name=name), processes, mapped)
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +140,13 @@ def test_ray_s_controller_does_not_import_torch(alone: Ran) -> None:
     """Neither for what it hands to a single worker nor for what that returns: seconds, half a gigabyte a run."""
     assert any(name.startswith("_raylet") for name in alone.controller), "seen at work"
     assert not any("torch" in name for name in alone.controller)
+
+
+def test_a_run_starts_no_process_it_has_no_use_for(alone: Ran, pair: Ran) -> None:
+    """Each of Ray's costs seconds of a core; a run reads its data set itself, and nobody preempts one machine."""
+    for ran in (alone, pair):
+        assert {"TrainController", "RayTrainWorker"} <= ran.processes
+        assert not {"DatasetManager", "PreemptionWatcher"} & ran.processes
 
 
 @pytest.mark.slow
