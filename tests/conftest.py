@@ -143,3 +143,19 @@ def trained_run(tiny_dataset: str, tmp_path_factory: pytest.TempPathFactory) -> 
     result = train(tiny_config(tiny_dataset, folder), name="trained", local=True)
     assert result.state == "finished"
     return Path(result.folder)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A folder of pictures of several sizes and kinds, one in a folder below, one broken, one empty."""
+    from tests.unit.tiny_sets import photo
+
+    folder = tmp_path / "pictures"
+    (folder / "below").mkdir(parents=True)
+    (folder / "a.jpg").write_bytes(photo(60, 40, seed=1))
+    (folder / "b.png").write_bytes(photo(31, 47, seed=2, kind="PNG", mode="L"))
+    (folder / "below" / "c.webp").write_bytes(photo(48, 48, seed=3, kind="WEBP"))
+    (folder / "broken.jpg").write_bytes(photo(60, 40, seed=4)[:200])
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "notes.txt").write_text("no picture")
+    return folder

@@ -229,6 +229,24 @@ def grid_points(space: Space) -> list[dict[str, Any]]:
     return list(_product(space, lambda name: values[name] or []))
 
 
+def with_dimensions(space: Any, given: Mapping[str, Any]) -> Any:
+    """A space with whole dimensions of `--set space.KEY={...}` in place of its own; null takes one out."""
+    changed = dict(space) if isinstance(space, dict) else {}
+
+    def change(key: str, value: Any) -> None:
+        if isinstance(value, dict) and value and not set(value) & set(Dimension.model_fields):
+            for part, below in value.items():  # a dotted setting, which --set has taken apart
+                change(f"{key}.{part}", below)
+        elif value is None:
+            changed.pop(key, None)
+        else:
+            changed[key] = value
+
+    for part, value in given.items():
+        change(part, value)
+    return changed
+
+
 def check_space(space: Space, base: Config, where: str) -> None:
     """Refuse a space that names no setting, a shared one, or that can produce an experiment that is not valid.
 

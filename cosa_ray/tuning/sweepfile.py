@@ -22,7 +22,7 @@ from cosa_ray.config.load import (
 from cosa_ray.config.schema import Config
 from cosa_ray.config.section import Count, CountOrZero, Fraction, Positive, Section
 from cosa_ray.errors import UserError
-from cosa_ray.tuning.space import Dimension, check_space, extremes, grid_points, sample
+from cosa_ray.tuning.space import Dimension, check_space, extremes, grid_points, sample, with_dimensions
 from cosa_ray.tuning.values import alike, as_value, at
 
 Mode = Literal["max", "min"]
@@ -191,7 +191,7 @@ def load_sweep(file: str | Path, overrides: Sequence[str] = ()) -> tuple[Sweep, 
     own = {key: value for key, value in given.items() if key in Sweep.model_fields}
     rest = {key: value for key, value in given.items() if key not in own}
     if isinstance(own.get("space"), dict):
-        content = {**content, "space": _with_dimensions(content["space"], own.pop("space"))}
+        content = {**content, "space": with_dimensions(content["space"], own.pop("space"))}
     where = str(path) + (" with --set" if own or "space" in given else "")
     try:
         sweep = Sweep.model_validate(merge(content, own))
@@ -209,24 +209,6 @@ def load_sweep(file: str | Path, overrides: Sequence[str] = ()) -> tuple[Sweep, 
                 f"{f'; did you mean {close[0]}?' if close else '.'}"
             )
     return sweep, apply_overrides(base, rest, "--set") if rest else base
-
-
-def _with_dimensions(space: Any, given: Mapping[str, Any]) -> Any:
-    """A space with whole dimensions of `--set space.KEY={...}` in place of its own; null takes one out."""
-    changed = dict(space) if isinstance(space, dict) else {}
-
-    def change(key: str, value: Any) -> None:
-        if isinstance(value, dict) and value and not set(value) & set(Dimension.model_fields):
-            for part, below in value.items():  # a dotted setting, which --set has taken apart
-                change(f"{key}.{part}", below)
-        elif value is None:
-            changed.pop(key, None)
-        else:
-            changed[key] = value
-
-    for part, value in given.items():
-        change(part, value)
-    return changed
 
 
 # What may change when a sweep is resumed: how far it goes and what is kept, not what a trial is.

@@ -6,11 +6,9 @@ import io
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tarfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,20 +32,6 @@ from cosa_ray.training.session import Progress
 from cosa_ray.training.state import TrainState
 from tests.conftest import ROOT, history, tiny_config
 from tests.unit.tiny_sets import photo, voc_folder
-
-
-@pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """A folder of pictures of several sizes and kinds, one in a folder below, one broken, one empty."""
-    folder = tmp_path / "pictures"
-    (folder / "below").mkdir(parents=True)
-    (folder / "a.jpg").write_bytes(photo(60, 40, seed=1))
-    (folder / "b.png").write_bytes(photo(31, 47, seed=2, kind="PNG", mode="L"))
-    (folder / "below" / "c.webp").write_bytes(photo(48, 48, seed=3, kind="WEBP"))
-    (folder / "broken.jpg").write_bytes(photo(60, 40, seed=4)[:200])
-    (folder / "empty.png").write_bytes(b"")
-    (folder / "notes.txt").write_text("no picture")
-    return folder
 
 
 def by_hand(run: Path, picture: Image.Image, network: str = "assignment") -> np.ndarray:
@@ -390,59 +374,3 @@ def test_a_registered_model_is_loaded_without_ray_and_without_pickle(
         pass
     with pytest.raises(UserError, match="alias"):
         register_run(str(trained_run), name="shapes-model", aliases=["latest"])
-
-
-@pytest.mark.ray
-def test_ray_workers_count_what_one_process_counts(trained_run: Path, ray_cluster: str) -> None:
-    """Two actors, one of them killed while it works: its part is done again, and the counts are the same."""
-    import psutil
-    import ray
-
-    alone = evaluate_run(str(trained_run), protocol="single_scale", local=True, track=False)
-    killed: list[int] = []
-
-    def show(done: int, total: int) -> None:
-        if killed:
-            return
-        for process in psutil.process_iter(["cmdline"]):
-            if any("_Part" in word for word in process.info["cmdline"] or ()):
-                os.kill(process.pid, signal.SIGKILL)
-                killed.append(process.pid)
-                return
-
-    together = evaluate_run(str(trained_run), protocol="single_scale", workers=2, track=False, show=show)
-    assert killed, "no worker was there to be killed"
-    assert together.metrics == pytest.approx(alone.metrics, abs=1e-9)
-    assert together.worst == alone.worst
-    deadline = time.monotonic() + 30
-    while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"] and time.monotonic() < deadline:
-        time.sleep(0.5)
-    assert ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"], "the workers gave their CPUs back"
-
-
-@pytest.mark.ray
-def test_crf_tasks_stream_counts(trained_run: Path, ray_cluster: str) -> None:
-    pytest.importorskip("pydensecrf")
-    here = evaluate_run(str(trained_run), protocol="release", local=True, track=False)
-    tasks = evaluate_run(str(trained_run), protocol="release", workers=1, track=False)
-    assert tasks.metrics == pytest.approx(here.metrics, abs=1e-9)
-    assert "val/release/miou_labels_given_crf" in here.metrics
-    assert here.metrics["val/release/miou_crf"] != here.metrics["val/release/miou"]
-
-
-@pytest.mark.ray
-def test_the_pipeline_on_ray_gives_the_same_masks(
-    trained_run: Path, pictures: Path, tmp_path: Path, ray_cluster: str
-) -> None:
-    shown: list[tuple[int, int, int]] = []
-    here = predict(str(trained_run), [str(pictures)], out=str(tmp_path / "here"), local=True)
-    there = predict(
-        str(trained_run), [str(pictures)], out=str(tmp_path / "there"), workers=1, show=lambda *at: shown.append(at)
-    )
-    assert sorted(there.skipped) == sorted(here.skipped)
-    assert shown[-1] == (5, 5, 2)
-    for name in ("a", "b", "below/c"):
-        mine, theirs = (tmp_path / where / "masks" / f"{name}.png" for where in ("here", "there"))
-        assert (np.asarray(Image.open(mine)) == np.asarray(Image.open(theirs))).mean() > 0.999
-    with pytest.raises(UserError, match="lower --workers"):
-        predict(str(trained_run), [str(pictures)], out=str(tmp_path / "many"), workers=40)

@@ -6,13 +6,14 @@ import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
 from cosa_ray.config.load import apply_overrides, dump_config, load_config
 from cosa_ray.config.schema import Config
 from cosa_ray.tuning.promote import promote_sweep
+from cosa_ray.tuning.promotion import Promotion
 from cosa_ray.tuning.results import SweepResult, TrialResult, write_result
 from cosa_ray.tuning.sweepfile import Sweep, dump_sweep
 
@@ -61,20 +62,37 @@ def write_sweep(base: Config) -> Path:
     return Path(folder.path)
 
 
-def test_from_sweep_to_result_and_once_only(
-    ray_cluster: str, tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+class Promoted(NamedTuple):
+    """A sweep's folder, what became of its best configuration, the base experiment, and what was said meanwhile."""
+
+    sweep: Path
+    done: Promotion
+    base: Config
+    said: list[str]
+
+    def written(self) -> dict[str, int]:
+        """When every file was written, but those that a promotion writes each time with the same content."""
+        own = ("promoted.json", "results.md")
+        kept = [file for file in self.sweep.parent.rglob("*") if file.is_file() and file.name not in own]
+        return {str(file): file.stat().st_mtime_ns for file in kept}
+
+
+@pytest.fixture
+def promoted(ray_cluster: str, tiny: Make, monkeypatch: pytest.MonkeyPatch) -> Promoted:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    base, said = tiny(), []
+    sweep = write_sweep(base)
+    given: dict[str, Any] = {"seeds": 2, "overrides": ["training.steps=20"], "storage": str(sweep.parent)}
+    done = promote_sweep("first", protocols=["single_scale"], say=said.append, **given)
+    return Promoted(sweep, done, base, said)
+
+
+def test_from_sweep_to_result_and_once_only(promoted: Promoted) -> None:
     from mlflow import MlflowClient
 
     from cosa_ray.tracking.registry import open_registered
 
-    base = tiny()
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    sweep = write_sweep(base)
-    said: list[str] = []
-    given: dict[str, Any] = {"seeds": 2, "overrides": ["training.steps=20"], "storage": str(sweep.parent)}
-    done = promote_sweep("first", protocols=["single_scale"], say=said.append, **given)
-
+    sweep, done, base, said = promoted
     assert done.state == "finished"
     assert done.metric == "val/single_scale/miou"
     names = {f"first-promoted-{number:03d}" for number in range(2)}
@@ -124,11 +142,7 @@ def test_from_sweep_to_result_and_once_only(
     }
 
     # Registered afterwards, with nothing else done twice; and then not registered twice either.
-    def written() -> dict[str, int]:
-        kept = [file for file in sweep.parent.rglob("*") if file.is_file() and file.name not in OWN]
-        return {str(file): file.stat().st_mtime_ns for file in kept}
-
-    before = written()
+    before = promoted.written()
     for _ in range(2):
         again = promote_sweep(
             "first",
@@ -138,7 +152,7 @@ def test_from_sweep_to_result_and_once_only(
             resume=True,
             storage=str(sweep.parent),
         )
-    assert written() == before
+    assert promoted.written() == before
     assert again.configurations == done.configurations
     assert again.markdown_row() == done.markdown_row()
     assert again.registered is not None
@@ -152,17 +166,24 @@ def test_from_sweep_to_result_and_once_only(
         points = client.get_metric_history(run.info.run_id, f"{done.metric}{'_mean' if name not in names else ''}")
         assert len(points) == 1
 
-    # Another protocol for the same runs: the first one given decides.
+
+@pytest.mark.slow
+def test_another_protocol_for_the_same_runs(promoted: Promoted, tmp_path: Path) -> None:
+    """The first one given decides; nothing that is there is done again, and what is registered stays so."""
+    storage = str(promoted.sweep.parent)
+    first = promote_sweep("first", protocols=["single_scale"], register="shapes model", resume=True, storage=storage)
+    before = promoted.written()
     (tmp_path / "short_side.yaml").write_text("scales: [1.0]\nflip: true\nnetworks: [assignment]\nlabels: [none]\n")
     other = promote_sweep(
-        "first", protocols=[str(tmp_path / "short_side.yaml"), "single_scale"], resume=True, storage=str(sweep.parent)
+        "first",
+        protocols=[str(tmp_path / "short_side.yaml"), "single_scale"],
+        resume=True,
+        storage=storage,
     )
+    assert other.registered == first.registered
+    assert other.registered is not None
     assert other.metric == "val/short_side/miou"
     assert other.columns == ["val/short_side/miou", "val/single_scale/miou", "val/short_side/cam_miou_best"]
-    assert other.registered == again.registered
-    assert set(before) < set(written())
-    assert {name: stamp for name, stamp in written().items() if name in before} == before
-
-
-# What a promotion writes each time: the same content again.
-OWN = ("promoted.json", "results.md")
+    after = promoted.written()
+    assert set(before) < set(after)
+    assert {name: stamp for name, stamp in after.items() if name in before} == before

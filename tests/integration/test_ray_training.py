@@ -94,7 +94,7 @@ def undisturbed(config: Config, name: str) -> Ran:
     mapped: set[str] = set()
 
     def look(done: threading.Event) -> None:
-        while not done.wait(0.1):
+        while not done.wait(0.5):
             for process in psutil.process_iter(["cmdline"]):
                 title = " ".join(process.info["cmdline"] or [])
                 if title.startswith("ray::"):

@@ -135,6 +135,7 @@ def test_every_package_imported_is_declared() -> None:
         "skimage": "scikit_image",
         "sklearn": "scikit_learn",
         "pydensecrf": "pydensecrf2",
+        "xdist": "pytest_xdist",
     }
     for folder, declared in (
         ("cosa_ray", names(project["dependencies"] + extras)),

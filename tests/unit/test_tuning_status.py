@@ -83,7 +83,8 @@ def test_the_verb_prints_trials_and_one_json_object(sweep: RunFolder, tmp_path: 
     command = [sys.executable, "-m", "cosa_ray", "status", "s"]
     shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     assert "running (warmup)" in shown
-    assert "losses.cam_to_seg" in shown
+    assert "losses." in shown
+    assert "cam_to_seg" in shown
     said = json.loads(subprocess.run([*command, "--json"], cwd=tmp_path, capture_output=True, text=True).stdout)
     assert [row["id"] for row in said["progress"]["rows"]] == ["000", "001"]
     wrong = subprocess.run([*command[:-1], "t"], cwd=tmp_path, capture_output=True, text=True)
