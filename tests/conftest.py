@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,10 +31,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
 
     class OneForRay(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            file = super()._split_scope(nodeid)
-            return "ray" if "pytest.mark.ray" in (ROOT / file).read_text() else file
+            return _group(super()._split_scope(nodeid))
 
     return OneForRay(config, log)
+
+
+@functools.cache
+def _group(file: str) -> str:
+    return "ray" if "pytest.mark.ray" in (ROOT / file).read_text() else file
 
 
 @pytest.fixture(scope="session")

@@ -88,9 +88,8 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         finally:
             family = [process, *process.children(recursive=True)]
             process.send_signal(signal.SIGTERM)
-            _, alive = psutil.wait_procs(
-                family, timeout=5
-            )  # by itself it would wait half a minute for jobs that have ended
+            # By itself it would wait half a minute for jobs that have ended.
+            _, alive = psutil.wait_procs(family, timeout=5)
             for left in alive:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     left.kill()
