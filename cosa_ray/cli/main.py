@@ -9,7 +9,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from cosa_ray import __version__
-from cosa_ray.cli import config, data
+from cosa_ray.cli import config, data, jobs, submit
 from cosa_ray.cli.compare import compare
 from cosa_ray.cli.demo import demo
 from cosa_ray.cli.evaluate import evaluate
@@ -18,7 +18,6 @@ from cosa_ray.cli.predict import predict, pseudo_labels
 from cosa_ray.cli.promote import promote
 from cosa_ray.cli.register import register
 from cosa_ray.cli.status import status
-from cosa_ray.cli.submit import submit
 from cosa_ray.cli.train import train
 from cosa_ray.cli.tune import tune
 from cosa_ray.cli.ui import ui
@@ -43,7 +42,8 @@ app.command()(predict)
 app.command()(pseudo_labels)
 app.command()(register)
 app.command()(import_release)
-app.command()(submit)
+app.add_typer(submit.app, name="submit")
+app.add_typer(jobs.app, name="jobs")
 app.add_typer(config.app, name="config")
 app.command()(ui)
 

@@ -93,16 +93,22 @@ def shipped_protocols() -> list[str]:
     return sorted(path.stem for path in (SHIPPED / PROTOCOLS).glob("*.yaml"))
 
 
-def load_protocol(given: str | Path) -> Protocol:
-    """A protocol by the name of a shipped one or the path of a YAML file, named after its file.
-
-    Raises UserError naming the protocols there are, or the key that is wrong.
-    """
+def find_protocol(given: str | Path) -> Path:
+    """Path of the file of a protocol. Raises UserError naming the protocols there are."""
     word = Path(given)
     candidates = [word, SHIPPED / PROTOCOLS / f"{word}.yaml", Path(PROTOCOLS) / f"{word}.yaml"]
     file = next((path for path in candidates if path.is_file()), None)
     if file is None:
         raise UserError(f"no protocol {given}: not a file, and not one of {', '.join(shipped_protocols())}.")
+    return file
+
+
+def load_protocol(given: str | Path) -> Protocol:
+    """A protocol by the name of a shipped one or the path of a YAML file, named after its file.
+
+    Raises UserError naming the protocols there are, or the key that is wrong.
+    """
+    file = find_protocol(given)
     if not _NAME.fullmatch(file.stem):
         raise UserError(f"{file}: the file's name names every metric; use letters, digits, '_', '.' and '-' only.")
     content = read_yaml(file)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import cosa_ray
@@ -18,15 +19,25 @@ from cosa_ray.errors import UserError
 # Ray's Jobs API refuses more than its largest gRPC message (RAY_max_grpc_message_size).
 LIMIT_BYTES = 100 * 1024 * 1024
 _SOURCE = (".py", ".yaml")  # what the package consists of: data or keys that lie inside it stay here
+_NAMED = 3  # of the largest files of a parcel that is too large
 _PACKAGE = Path(cosa_ray.__file__).resolve().parent
 
 
-def pack(folder: Path, files: Mapping[str, str], *, package: bool) -> None:
+@dataclass(frozen=True)
+class Packed:
+    """Size of a parcel: files and bytes."""
+
+    files: int
+    bytes: int
+
+
+def pack(folder: Path, files: Mapping[str, str], *, package: bool) -> Packed:
     """Write a job's files into an empty folder, with the package `cosa_ray` beside them when asked.
 
-    Raises UserError in one sentence when the parcel is over Ray's limit.
+    Raises UserError naming the largest files when the parcel is over Ray's limit.
     """
     for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(content, encoding="utf-8")
     if package:
         for file in sorted(_PACKAGE.rglob("*")):
@@ -36,13 +47,16 @@ def pack(folder: Path, files: Mapping[str, str], *, package: bool) -> None:
                 target = folder / _PACKAGE.name / inside
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, target)
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    sizes = {file: file.stat().st_size for file in folder.rglob("*") if file.is_file()}
+    size = sum(sizes.values())
     if size > LIMIT_BYTES:
-        largest = max((file for file in folder.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+        largest = sorted(sizes, key=lambda file: -sizes[file])[:_NAMED]
+        named = ", ".join(f"{file.relative_to(folder)} ({sizes[file] / 2**20:.1f} MiB)" for file in largest)
         raise UserError(
-            f"the job's parcel is {size / 2**20:.0f} MiB and Ray takes at most {LIMIT_BYTES // 2**20} MiB; "
-            f"remove {largest.relative_to(folder)} from the package, or install it on the cluster and use --installed."
+            f"the job's parcel is {size / 2**20:.0f} MiB and Ray takes at most {LIMIT_BYTES // 2**20} MiB; largest: "
+            f"{named}; make them smaller, or install cosa-ray on the cluster and use --installed."
         )
+    return Packed(len(sizes), size)
 
 
 def for_cluster(config: Config, folder: str, *, tracking_from_environment: bool) -> Config:

@@ -9,34 +9,38 @@ import secrets
 import shlex
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
-from cosa_ray.config.load import dump_config, find_experiment, load_config
 from cosa_ray.errors import RunFailed, UserError
-from cosa_ray.jobs.head import connect, first_line, forwarded_environment, refuse_password
-from cosa_ray.jobs.parcel import absolute_tracking, for_cluster, pack
+from cosa_ray.jobs.address import Found, find_cluster
+from cosa_ray.jobs.command import Command, Verb, command_for
+from cosa_ray.jobs.head import connect, first_line, forwarded_environment
+from cosa_ray.jobs.parcel import Packed, absolute_tracking, pack
 from cosa_ray.tracking.describe import GIT_FILE, git_state_to_send
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
-Verb = Literal["train", "tune"]
 _LOST_AFTER_SECONDS = 60.0
 _POLL_SECONDS = 0.5
 # `ray job stop` kills after three seconds unless told otherwise; a run wants to write its checkpoint first.
 _STOP_GENTLY = {"RAY_JOB_STOP_WAIT_TIME_S": "120"}
+_TRACKING = "MLFLOW_TRACKING_URI"
+VERB, SUBJECT, NAME = "cosa_ray.verb", "cosa_ray.subject", "cosa_ray.name"  # of a job's metadata
 
 
 @dataclass(frozen=True)
 class Job:
-    """A submitted job: where it runs, its id, and the command it runs."""
+    """A submitted job: where it runs, its id, its command line there, and what was sent."""
 
-    address: str
+    found: Found
     id: str
     entrypoint: str
+    command: Command
+    packed: Packed
 
 
 @dataclass(frozen=True)
@@ -50,67 +54,76 @@ class JobEnd:
 
 def submit_job(
     verb: Verb,
-    file: str | Path,
-    overrides: Sequence[str] = (),
+    given: Mapping[str, Any],
     *,
-    address: str,
-    arguments: Sequence[str] = (),
+    address: str | None = None,
     folder: str | None = None,
-    installed: bool = False,
-    python: str = "python",
+    installed: bool | None = None,
+    python: str | None = None,
 ) -> Job:
-    """Check an experiment or sweep file here, send it to the head at `address`, and start it there.
+    """Check a command here, send what it needs to a cluster, and start it there.
 
-    `arguments` are further words of the verb's command line (--name, --resume). Relative paths of the experiment
-    start at `folder` on the cluster (None: the working folder, as on a shared file system). `installed` uses the
-    cluster's own cosa_ray instead of sending this one; `python` is the interpreter there. Raises UserError before
-    anything is sent when the file or the connection is wrong.
+    `given`: the verb's parameters by name, as {"file": "voc", "set_": ["seed=1"], "name": "first"}. `address`: as for
+    `find_cluster`, whose file gives what is None here. Relative paths start at `folder` on the cluster (None: the
+    working folder, as on a shared file system). `installed` uses the cluster's own cosa_ray instead of sending this
+    one; `python` is the interpreter there. Raises UserError before anything is sent when the command or the connection
+    is wrong.
     """
+    found = find_cluster(address)
+    cluster = found.cluster
+    folder = folder or cluster.folder or str(Path.cwd())
+    installed = cluster.installed if installed is None else installed
     environment = forwarded_environment(os.environ)
-    root = folder or str(Path.cwd())
-    if "MLFLOW_TRACKING_URI" in environment:
-        environment["MLFLOW_TRACKING_URI"] = absolute_tracking(environment["MLFLOW_TRACKING_URI"], root)
-    name, files = _files(verb, file, overrides, root, "MLFLOW_TRACKING_URI" in environment)
+    if _TRACKING in environment:
+        environment[_TRACKING] = absolute_tracking(environment[_TRACKING], folder)
+    command = command_for(verb, given, folder, tracked=_TRACKING in environment)
+    if command.looks_up:
+        environment.setdefault(_TRACKING, absolute_tracking("sqlite:///mlflow.db", folder))
+    files = dict(command.files)
     if not installed and (state := git_state_to_send()) is not None:
         files[GIT_FILE] = state  # there is no repository where the job runs
-    client = connect(address)
     # Ray refuses a job and a driver that both set a variable, and the driver sets Ray Train's: these go by the command.
     train = [f"{key}={environment.pop(key)}" for key in sorted(environment) if key.startswith("RAY_TRAIN_")]
     # Ray starts the command in the parcel's folder, so that `-m` finds the package that came with it.
-    command = [python, "-m", "cosa_ray.cli.main", verb, name, *arguments]
-    entrypoint = shlex.join([*(["env", *train] if train else []), *command])
-    stem = re.sub(r"[^A-Za-z0-9]+", "-", Path(name).stem).strip("-").lower()
+    words = [python or cluster.python, "-m", "cosa_ray.cli.start", *command.words]
+    entrypoint = shlex.join([*(["env", *train] if train else []), *words])
+    stem = re.sub(r"[^A-Za-z0-9]+", "-", Path(command.subject).stem).strip("-").lower()
     with tempfile.TemporaryDirectory(prefix="cosa-ray-job-") as parcel:
-        pack(Path(parcel), files, package=not installed)
+        packed = pack(Path(parcel), files, package=not installed)
+        client = connect(found)
         try:
             job_id = client.submit_job(
                 entrypoint=entrypoint,
                 submission_id=f"{verb}-{stem}-{secrets.token_hex(4)}",
                 runtime_env={"working_dir": parcel, "env_vars": {**_STOP_GENTLY, **environment}},
-                metadata={"cosa_ray.verb": verb, "cosa_ray.file": name},
+                metadata={
+                    VERB: verb,
+                    SUBJECT: command.subject,
+                    **({NAME: command.name} if command.name else {}),
+                },
             )
         except Exception as error:  # whatever the head answers, it is one sentence here
-            raise UserError(_not_taken(address, error)) from error
-    return Job(address, job_id, entrypoint)
+            raise UserError(_not_taken(found, error)) from error
+    return Job(found, job_id, entrypoint, command, packed)
 
 
-def follow(job: Job, write: Callable[[str], None]) -> JobEnd:
-    """Pass the job's log to `write` as it comes until the job has ended.
+def follow(found: Found, job_id: str, write: Callable[[str], None]) -> JobEnd:
+    """Pass a job's log to `write` as it comes until the job has ended.
 
     A broken connection is made again for a minute; then RunFailed says that the job may go on. KeyboardInterrupt
     passes through and leaves the job running.
     """
-    return _follow(connect(job.address), job, write)
+    return _follow(connect(found), found, job_id, write)
 
 
-def _follow(client: JobSubmissionClient, job: Job, write: Callable[[str], None]) -> JobEnd:
+def _follow(client: JobSubmissionClient, found: Found, job_id: str, write: Callable[[str], None]) -> JobEnd:
     seen = 0
     away_since: float | None = None
 
     async def tail() -> None:
         nonlocal seen, away_since
         position = 0
-        async for chunk in client.tail_job_logs(job.id):
+        async for chunk in client.tail_job_logs(job_id):
             away_since = None
             # A new connection starts at the beginning of the log.
             if fresh := chunk[max(0, seen - position) :]:
@@ -121,31 +134,26 @@ def _follow(client: JobSubmissionClient, job: Job, write: Callable[[str], None])
     while True:
         try:
             asyncio.run(tail())
-            info = client.get_job_info(job.id)
+            info = client.get_job_info(job_id)
             away_since = None
             if info.status.is_terminal():
                 # What was written between the end of the tail and the end of the job.
-                write(client.get_job_logs(job.id)[seen:])
+                write(client.get_job_logs(job_id)[seen:])
                 status = info.status.value
                 # Ray appends the log that has just been shown.
                 message = (info.message or "").split(", last available logs")[0].strip()
-                return JobEnd(status, _exit_code(status, info.driver_exit_code), message)
+                return JobEnd(status, exit_code(status, info.driver_exit_code), message)
         except Exception as error:
             away_since = away_since or time.monotonic()
             if time.monotonic() - away_since > _LOST_AFTER_SECONDS:
                 raise RunFailed(
-                    f"lost the head at {job.address} while following {job.id} ({first_line(error)}); "
+                    f"lost the head at {found.cluster.address} while following {job_id} ({first_line(error)}); "
                     "the job goes on if the head still runs."
                 ) from error
         time.sleep(_POLL_SECONDS)
 
 
-def how_to_stop(job: Job) -> str:
-    """The command that stops a job."""
-    return f"ray job stop {job.id} --address {job.address}"
-
-
-def _exit_code(status: str, driver: int | None) -> int:
+def exit_code(status: str, driver: int | None) -> int:
     """Exit code of a job: its driver's; 128+n for a signal n as shells have it; 1 when there was no driver."""
     if status == "SUCCEEDED":
         return 0
@@ -154,34 +162,11 @@ def _exit_code(status: str, driver: int | None) -> int:
     return driver if driver > 0 else 128 - driver
 
 
-def _files(
-    verb: Verb, file: str | Path, overrides: Sequence[str], folder: str, tracked: bool
-) -> tuple[str, dict[str, str]]:
-    """The job's file name and the resolved files it needs, by name: overrides, `extends` and `base` are worked in."""
-    if verb == "train":
-        path = find_experiment(file)
-        config = load_config(path, overrides)
-        refuse_password(config.tracking.uri, "tracking.uri")
-        return path.name, {path.name: dump_config(for_cluster(config, folder, tracking_from_environment=tracked))}
-    from cosa_ray.tuning.sweepfile import check_sweep, dump_sweep, find_sweep, load_sweep
-
-    path = find_sweep(file)
-    sweep, base = load_sweep(path, overrides)
-    check_sweep(sweep, base, str(path))
-    refuse_password(base.tracking.uri, "tracking.uri")
-    base_name = f"{path.stem}-base.yaml"
-    flat = sweep.model_copy(update={"base": base_name, "set": {}})
-    return path.name, {
-        path.name: dump_sweep(flat),
-        base_name: dump_config(for_cluster(base, folder, tracking_from_environment=tracked)),
-    }
-
-
-def _not_taken(address: str, error: Exception) -> str:
+def _not_taken(found: Found, error: Exception) -> str:
     """One sentence for a submission that the head did not take."""
     if "413" in str(error) or "Request Entity Too Large" in str(error):
         return (
-            f"--address {address}: the head refused the parcel as too large (Ray takes at most 100 MiB); "
+            f"{found.label}: the head refused the parcel as too large (Ray takes at most 100 MiB); "
             "install cosa-ray on the cluster and use --installed."
         )
-    return f"--address {address}: the head did not take the job ({first_line(error)})."
+    return f"{found.label}: the head did not take the job ({first_line(error)})."

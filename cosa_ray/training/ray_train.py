@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
+import socket
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
@@ -29,6 +31,8 @@ RAY_TRAIN_SETTINGS = {
 # On a cluster of one machine, which nobody takes away: one process less a run.
 LOCAL_SETTINGS = {**RAY_TRAIN_SETTINGS, "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 
+_CONNECT_SECONDS = 10.0
+
 
 @contextlib.contextmanager
 def ray_cluster() -> Iterator[None]:
@@ -38,22 +42,58 @@ def ray_cluster() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    started = not os.environ.get("RAY_ADDRESS")
+    given = os.environ.get("RAY_ADDRESS")
+    started = given in (None, "", "local")
+    if given and not started:
+        check_address(given)
     for key, value in (LOCAL_SETTINGS if started else RAY_TRAIN_SETTINGS).items():
         os.environ.setdefault(key, value)
     # The dashboard stays on: without it Ray leaks the placement groups of stopped trials. Processes of a cluster that
     # is started here have this environment; said once more, it would make each of them import Ray twice.
-    ray.init(
-        address="local" if started else None,
-        include_dashboard=True if started else None,
-        log_to_driver=False,
-        logging_level=logging.WARNING,
-        runtime_env=None if started else {"env_vars": RAY_TRAIN_SETTINGS},
-    )
+    try:
+        ray.init(
+            address="local" if started else None,
+            include_dashboard=True if started else None,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            runtime_env=None if started else {"env_vars": RAY_TRAIN_SETTINGS},
+        )
+    except (RuntimeError, ConnectionError) as error:
+        if started:
+            raise
+        raise UserError(f"RAY_ADDRESS={given}: {not_attached(str(error))}") from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def check_address(address: str) -> None:
+    """UserError for a RAY_ADDRESS that a driver cannot go to: Ray itself would try for minutes."""
+    if "://" in address:
+        raise UserError(
+            f"RAY_ADDRESS={address} is where jobs are sent (cosa-ray submit); to run from here, unset it, or set it to "
+            "HOST:6379 of a cluster that this machine is a node of."
+        )
+    host, _, port = address.rpartition(":")
+    if not port.isdigit():
+        return  # auto, and whatever else Ray knows
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
+    except OSError as error:
+        raise UserError(
+            f"RAY_ADDRESS={address}: no connection ({error.strerror or error}); start Ray there, or unset RAY_ADDRESS "
+            "to run on this machine alone."
+        ) from error
+
+
+def not_attached(message: str) -> str:
+    """Ray's reasons for not letting a driver in, as the rest of a sentence."""
+    told = re.findall(r"^ *(Ray|Python): (\S+)", message, re.MULTILINE)
+    if "Version mismatch" in message and len(told) == 4:
+        there, here = (" and ".join(" ".join(words) for words in pair) for pair in (told[:2], told[2:]))
+        return f"the cluster runs {there}, and this side {here}; use the same Ray and Python minor version on both."
+    return f"Ray did not attach ({' '.join(message.split())[:200]})."
 
 
 def needs_ray(config: Config) -> bool:

@@ -175,6 +175,12 @@ def find_sweep(name: str | Path) -> Path:
         return find_experiment(path)
 
 
+def find_base(sweep: Sweep, path: Path) -> Path:
+    """Path of the base experiment of a sweep whose file is `path` (sweeps/shapes.yaml is on top of shapes.yaml)."""
+    file = find_experiment(sweep.base, path.parent)
+    return file if file != path else find_experiment(sweep.base, path.parent.parent)
+
+
 def load_sweep(file: str | Path, overrides: Sequence[str] = ()) -> tuple[Sweep, Config]:
     """A sweep and its base experiment, both with `key=value` overrides: a sweep's own keys first, else the base's.
 
@@ -197,10 +203,7 @@ def load_sweep(file: str | Path, overrides: Sequence[str] = ()) -> tuple[Sweep, 
         sweep = Sweep.model_validate(merge(content, own))
     except ValidationError as error:
         raise UserError(explain(error, where, Sweep)) from None
-    base_file = find_experiment(sweep.base, path.parent)
-    if base_file == path:  # sweeps/shapes.yaml on top of shapes.yaml
-        base_file = find_experiment(sweep.base, path.parent.parent)
-    base = apply_overrides(load_config(base_file), sweep.set, f"{path}: set")
+    base = apply_overrides(load_config(find_base(sweep, path)), sweep.set, f"{path}: set")
     for key in rest:
         if key not in Config.model_fields:
             close = difflib.get_close_matches(key, [*Sweep.model_fields, *Config.model_fields], n=1)

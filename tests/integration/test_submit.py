@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -21,6 +24,7 @@ import pytest
 
 from cosa_ray.config.load import dump_config
 from cosa_ray.config.schema import Config
+from tests.unit.tiny_sets import photo
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1500)]
 ROOT = Path(__file__).parents[2]
@@ -97,8 +101,12 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
 
 
 def submit(head: Head, folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return cosa_ray(head, folder, "submit", *words, "--address", head.address, **environment)
+
+
+def cosa_ray(head: Head, folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "cosa_ray.cli.main", "submit", *words, "--address", head.address],
+        [sys.executable, "-m", "cosa_ray.cli.main", *words],
         cwd=folder,
         env={**head.environment, "PYTHONPATH": str(ROOT), **environment},
         capture_output=True,
@@ -161,13 +169,78 @@ def test_a_sweep_as_a_job(head: Head, project: Path) -> None:
     assert (project / "runs" / "job-sweep" / "best.yaml").exists()
 
 
-@pytest.mark.slow
-def test_ctrl_c_stops_following_not_the_job(head: Head, project: Path) -> None:
-    words = ["train", "x.yaml", "--set", "training.steps=2000", "--name", "long", "--address", head.address]
+@dataclass
+class Relay:
+    """A TCP relay to the head whose connections can be cut, as a network's are."""
+
+    port: int
+    target: int
+    cuts: int = 0
+    pairs: list[tuple[socket.socket, socket.socket]] = field(default_factory=list)
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def run(self, listener: socket.socket) -> None:
+        while True:
+            try:
+                near, _ = listener.accept()
+            except OSError:
+                return
+            far = socket.create_connection(("127.0.0.1", self.target))
+            self.pairs.append((near, far))
+            for source, sink in ((near, far), (far, near)):
+                threading.Thread(target=self._pump, args=(source, sink), daemon=True).start()
+
+    @staticmethod
+    def _pump(source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                sink.sendall(data)
+        for each in (source, sink):
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+
+    def cut(self) -> None:
+        """Reset every open connection."""
+        self.cuts += 1
+        while self.pairs:
+            for each in self.pairs.pop():
+                with contextlib.suppress(OSError):
+                    each.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    each.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.fixture
+def relay(head: Head) -> Iterator[Relay]:
+    listener = socket.create_server(("127.0.0.1", 0))
+    made = Relay(listener.getsockname()[1], int(head.address.rsplit(":", 1)[1]))
+    threading.Thread(target=made.run, args=(listener,), daemon=True).start()
+    yield made
+    listener.close()
+    made.cut()
+
+
+def test_a_job_is_watched_stopped_and_continued(head: Head, project: Path, relay: Relay) -> None:
+    """Detached, listed, followed over a connection that breaks, left by Ctrl-C, stopped, and sent again."""
+    (project / "cluster").mkdir()
+    # The cluster is named by the file, its token too.
+    token = head.environment["RAY_AUTH_TOKEN_PATH"]
+    (project / "cluster" / "current.yaml").write_text(f"address: {relay.address}\ntoken_path: {token}\n")
+    tokenless = {"RAY_AUTH_TOKEN_PATH": ""}
+    words = ["train", "x.yaml", "--set", "training.steps=2000", "--name", "long"]
+    sent = cosa_ray(head, project, "submit", *words, "--detach", "--json", **tokenless)
+    assert sent.returncode == 0, sent.stderr
+    job = json.loads(sent.stdout)
+    assert (job["status"], job["name"]) == ("PENDING", "long")
+    assert 0 < job["bytes"] < 5 * 2**20
+    assert f"cosa-ray jobs logs {job['job']} --follow\n" in sent.stderr
+
     process = subprocess.Popen(
-        [sys.executable, "-m", "cosa_ray.cli.main", "submit", *words],
+        [sys.executable, "-m", "cosa_ray.cli.main", "jobs", "logs", job["job"], "--follow"],
         cwd=project,
-        env={**head.environment, "PYTHONPATH": str(ROOT)},
+        env={**head.environment, "PYTHONPATH": str(ROOT), **tokenless},
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -175,30 +248,73 @@ def test_ctrl_c_stops_following_not_the_job(head: Head, project: Path) -> None:
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
+    steps: list[str] = []
     for line in process.stdout:
         if "step " in line:
-            break
+            steps.append(line)
+            if len(steps) == 3:
+                break
+            relay.cut()
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
+    assert relay.cuts == 2
+    assert len(set(steps)) == 3, "a line is shown once, however often the connection breaks"
     assert process.returncode == 130
-    command = said.split("Stop it with: ")[1].splitlines()[0].split()
     assert "goes on" in said
-    ray = str(Path(sys.executable).parent / "ray")
-    stopped = subprocess.run(
-        [ray, *command[1:]],
-        env={**head.environment, "RAY_AUTH_MODE": "token"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+
+    there = json.loads(cosa_ray(head, project, "jobs", "status", job["job"], "--json", **tokenless).stdout)
+    assert (there["status"], there["verb"], there["name"], there["exit_code"]) == ("RUNNING", "train", "long", None)
+    command = said.split("Stop it with: cosa-ray ")[1].splitlines()[0].split()
+    stopped = cosa_ray(head, project, *command, "--json", **tokenless)
     assert stopped.returncode == 0, stopped.stderr
+    assert json.loads(stopped.stdout)["status"] == "STOPPED"
     # Ray ends a job by SIGTERM, which a run answers with a checkpoint, and gives it the time to.
-    record = project / "runs" / "long" / "run.json"
+    record = project / "runs" / "long"
+    assert json.loads((record / "run.json").read_text())["state"] == "stopped"
+    (last,) = {each["step"] for each in json.loads((record / "checkpoints.json").read_text())["checkpoints"][-1:]}
+    again = cosa_ray(head, project, "jobs", "stop", job["job"], **tokenless)
+    assert "has ended already" in again.stderr
+
+    resumed = json.loads(
+        cosa_ray(head, project, "submit", *words, "--resume", "--detach", "--json", **tokenless).stdout
+    )
     end = time.monotonic() + 120
-    while (state := json.loads(record.read_text())["state"]) != "stopped" and time.monotonic() < end:
-        time.sleep(0.5)
-    assert state == "stopped"
-    assert json.loads((record.parent / "checkpoints.json").read_text())["checkpoints"]
+    while not (
+        reached := re.findall(r"step (\d+)/2000", cosa_ray(head, project, "jobs", "logs", resumed["job"]).stdout)
+    ):
+        assert time.monotonic() < end
+    assert int(reached[0]) >= last, "it goes on from its checkpoint"
+    assert cosa_ray(head, project, "jobs", "stop", resumed["job"], **tokenless).returncode == 0
+    listed = json.loads(cosa_ray(head, project, "jobs", "list", "--json", **tokenless).stdout)["jobs"]
+    assert [each["status"] for each in listed if each["name"] == "long"] == ["STOPPED", "STOPPED"]
+    shown = cosa_ray(head, project, "jobs", "list", **tokenless).stdout
+    assert job["job"] in shown
+    wrong = cosa_ray(head, project, "jobs", "status", job["job"][:-1], **tokenless)
+    assert wrong.returncode == 2
+    assert f"did you mean {job['job']}?" in wrong.stderr
+
+
+@pytest.mark.slow
+def test_a_run_is_evaluated_and_predicts_as_a_job(head: Head, project: Path, trained_run: Path) -> None:
+    (project / "mine.yaml").write_text("scales: [1.0]\nsubset: 6\n")
+    ran = submit(head, project, "evaluate", str(trained_run), "--protocol", "mine.yaml", "--no-track")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert list((trained_run / "evaluations").glob("*mine*"))
+    (project / "pictures").mkdir()
+    (project / "pictures" / "a.jpg").write_bytes(photo(60, 40, seed=1))
+    ran = submit(head, project, "predict", str(trained_run), "pictures", "--no-overlays")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert (project / "predictions" / "a.png").is_file() or list((project / "predictions").rglob("a.png"))
+
+
+@pytest.mark.slow
+def test_a_node_without_the_packages_says_so(head: Head, project: Path) -> None:
+    """A bare virtual environment as the cluster's Python."""
+    bare = project / "bare"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(bare)], check=True)
+    ran = submit(head, project, "train", "x.yaml", "--python", str(bare / "bin" / "python"))
+    assert ran.returncode == 2
+    assert "lacks torch>=2.11 (none there)" in ran.stdout
 
 
 @pytest.mark.parametrize(

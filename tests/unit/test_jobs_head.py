@@ -15,8 +15,9 @@ import pytest
 
 from cosa_ray.errors import RunFailed, UserError
 from cosa_ray.jobs import submit
+from cosa_ray.jobs.address import find_cluster
 from cosa_ray.jobs.head import connect, forwarded_environment, refuse_password
-from cosa_ray.jobs.submit import Job, JobEnd, _exit_code, _follow
+from cosa_ray.jobs.submit import JobEnd, _follow, exit_code
 
 
 @pytest.fixture
@@ -50,7 +51,7 @@ def answering() -> Iterator:
 )
 def test_what_is_no_address(address: str) -> None:
     with pytest.raises(UserError, match="expected http://HOST:PORT"):
-        connect(address)
+        connect(find_cluster(address))
 
 
 def test_nobody_listens() -> None:
@@ -58,14 +59,14 @@ def test_nobody_listens() -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with pytest.raises(UserError, match="no connection"):
-        connect(f"http://127.0.0.1:{port}")
+        connect(find_cluster(f"http://127.0.0.1:{port}"))
 
 
 @pytest.mark.parametrize(("status", "body"), [(404, b""), (200, b"<html>"), (500, b"{}"), (200, b"{}")])
 def test_something_else_listens(answering, status: int, body: bytes) -> None:
     pytest.importorskip("ray")
     with pytest.raises(UserError) as caught:
-        connect(answering(status, body))
+        connect(find_cluster(answering(status, body)))
     assert "not a Ray head's Jobs API" in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -74,7 +75,7 @@ def test_another_ray_version(answering) -> None:
     ray = pytest.importorskip("ray")
     address = answering(200, json.dumps({"version": "4", "ray_version": "2.41.0", "ray_commit": ""}).encode())
     with pytest.raises(UserError, match=rf"runs Ray 2\.41\.0 and this side Ray {ray.__version__}"):
-        connect(address)
+        connect(find_cluster(address))
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,8 @@ def test_tokens(answering, tmp_path, status: int, environment: dict[str, str], w
     pytest.importorskip("ray")
     code = (
         "import sys\nfrom cosa_ray.errors import UserError\nfrom cosa_ray.jobs.head import connect\n"
-        "try:\n    connect(sys.argv[1])\nexcept UserError as error:\n    print(error)\n"
+        "from cosa_ray.jobs.address import find_cluster\n"
+        "try:\n    connect(find_cluster(sys.argv[1]))\nexcept UserError as error:\n    print(error)\n"
     )
     clean = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     ran = subprocess.run(
@@ -154,7 +156,7 @@ def test_a_malformed_tracking_uri_is_one_sentence() -> None:
     ],
 )
 def test_exit_codes(status: str, driver: int | None, expected: int) -> None:
-    assert _exit_code(status, driver) == expected
+    assert exit_code(status, driver) == expected
 
 
 class Flaky:
@@ -186,7 +188,7 @@ def test_a_broken_connection_repeats_nothing_of_the_log(monkeypatch: pytest.Monk
     client = Flaky([["one ", "two "], ["one two thr", "ee "]], "one two three four")
     client.tails[0].append(ConnectionError("reset"))
     written: list[str] = []
-    end = _follow(client, Job("http://head:1", "job", "python"), written.append)
+    end = _follow(client, find_cluster("http://head:1"), "job", written.append)
     assert "".join(written) == "one two three four"
     assert end == JobEnd("SUCCEEDED", 0, "Job finished")
 
@@ -196,4 +198,4 @@ def test_a_lost_head_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(submit, "_POLL_SECONDS", 0.01)
     monkeypatch.setattr(submit, "_LOST_AFTER_SECONDS", 0.1)
     with pytest.raises(RunFailed, match=r"lost the head at http://head:1 .*\(gone\)"):
-        _follow(Flaky([["one"]], "", "RUNNING"), Job("http://head:1", "job", "python"), lambda text: None)
+        _follow(Flaky([["one"]], "", "RUNNING"), find_cluster("http://head:1"), "job", lambda text: None)

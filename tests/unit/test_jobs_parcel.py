@@ -8,11 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from cosa_ray.config.load import dump_config, flatten, load_config
+from cosa_ray.config.load import flatten, load_config
 from cosa_ray.config.schema import Config
 from cosa_ray.errors import UserError
 from cosa_ray.jobs import parcel
-from cosa_ray.jobs.submit import _files
+from cosa_ray.jobs.command import Command, Verb, command_for
+
+
+def command(verb: Verb, file: str | Path, overrides: list[str] | None = None, *, tracked: bool = True) -> Command:
+    return command_for(verb, {"file": str(file), "set_": overrides or []}, "/shared", tracked=tracked)
 
 
 def test_the_package_runs_from_the_parcel_alone(tmp_path: Path) -> None:
@@ -77,16 +81,20 @@ def test_nothing_of_the_working_folder_is_sent(tmp_path: Path, monkeypatch: pyte
         (project / name).write_text("secret")
     (project / "x.yaml").write_text("seed: 3\n")
     monkeypatch.chdir(project)
-    name, files = _files("train", "x.yaml", [], str(project), tracked=False)
-    parcel.pack(target, files, package=True)
-    assert name == "x.yaml"
+    sent = command("train", "x.yaml", tracked=False)
+    packed = parcel.pack(target, sent.files, package=True)
+    assert sent.words[-1] == "x.yaml"
+    files = [path for path in target.rglob("*") if path.is_file()]
+    assert (packed.files, packed.bytes) == (len(files), sum(path.stat().st_size for path in files))
     assert not [path for path in target.rglob("*") if path.is_file() and path.read_text(errors="replace") == "secret"]
 
 
 def test_a_parcel_over_the_limit_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parcel, "LIMIT_BYTES", 2 * 1024 * 1024)
-    with pytest.raises(UserError, match=r"parcel is 3 MiB and Ray takes at most 2 MiB; remove x.yaml"):
-        parcel.pack(tmp_path, {"x.yaml": "#" * 3 * 1024 * 1024}, package=False)
+    with pytest.raises(
+        UserError, match=r"is 5 MiB and Ray takes at most 2 MiB; largest: b\.yaml \(3.0 MiB\), a\.yaml \(2.0"
+    ):
+        parcel.pack(tmp_path, {"a.yaml": "#" * 2 * 2**20, "b.yaml": "#" * 3 * 2**20, "c.yaml": ""}, package=False)
 
 
 def test_relative_paths_start_at_the_clusters_folder() -> None:
@@ -132,9 +140,9 @@ def test_extends_and_overrides_are_worked_in(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text("extends: base.yaml\nseed: 4\n")
     alone = tmp_path / "alone"
     alone.mkdir()
-    name, files = _files("train", tmp_path / "x.yaml", ["training.steps=60"], "/shared", tracked=True)
+    files = command("train", tmp_path / "x.yaml", ["training.steps=60"]).files
     parcel.pack(alone, files, package=False)
-    sent = load_config(alone / name)
+    sent = load_config(alone / "x.yaml")
     assert (sent.training.steps, sent.training.warmup_iters, sent.seed) == (60, 5, 4)
     assert sent.storage == "/shared/runs"
 
@@ -142,18 +150,21 @@ def test_extends_and_overrides_are_worked_in(tmp_path: Path) -> None:
 def test_a_sweep_arrives_with_its_base(tmp_path: Path) -> None:
     from cosa_ray.tuning.sweepfile import load_sweep
 
-    name, files = _files("tune", "shapes", ["trials=3", "training.batch_size=4"], "/shared", tracked=True)
-    parcel.pack(tmp_path, files, package=False)
-    sweep, base = load_sweep(tmp_path / name)
-    here, here_base = load_sweep("shapes", ["trials=3", "training.batch_size=4"])
+    overrides = ["trials=3", "training.batch_size=4"]
+    sent = command("tune", "shapes", overrides)
+    parcel.pack(tmp_path, sent.files, package=False)
+    sweep, base = load_sweep(tmp_path / sent.words[-1])
+    here, here_base = load_sweep("shapes", overrides)
     assert sweep.space == here.space
     assert sweep.trials == 3
     expected = {**flatten(here_base), "storage": "/shared/runs", "data.dataset": "/shared/datasets/shapes"}
     assert flatten(base) == expected
-    assert dump_config(base) == files[sweep.base]
+    # A promotion asks the base itself how long a run is, so what the sweep changes stays apart from it.
+    assert sweep.set == {**here.set, "training.batch_size": 4}
+    assert flatten(load_config(tmp_path / sweep.base))["training.steps"] == load_config("shapes").training.steps
 
 
 def test_a_wrong_sweep_is_refused_before_anything_is_sent(tmp_path: Path) -> None:
     (tmp_path / "s.yaml").write_text("base: shapes\nspace: {losses.cam_to_seg: {uniform: [-1, 1]}}\n")
     with pytest.raises(UserError, match=r"losses\.cam_to_seg"):
-        _files("tune", tmp_path / "s.yaml", [], "/shared", tracked=True)
+        command("tune", tmp_path / "s.yaml")
