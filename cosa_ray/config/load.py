@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -124,6 +124,9 @@ def apply_overrides(config: Config, overrides: Mapping[str, Any], where: str = "
     return check(merge(config.model_dump(mode="json"), nest(overrides)), where)
 
 
+_TAGS = ("number", "range")  # of a union's members (schema.WorkerCount), which are no keys
+
+
 def check(content: Mapping[str, Any], where: str) -> Config:
     """Config of a mapping; UserError in one sentence that names the key, `where` and the nearest valid key."""
     try:
@@ -137,7 +140,7 @@ def explain(error: ValidationError, where: str, model: type[BaseModel]) -> str:
     problems = error.errors()
     # An unknown key first: the other complaints are often its consequences.
     first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-    key = ".".join(str(part) for part in first["loc"])
+    key = ".".join(str(part) for part in first["loc"] if part not in _TAGS)
     if first["type"] == "extra_forbidden":
         sentence = f"unknown key {key}{_nearest(key, list(keys(model)))}"
     elif first["type"] == "value_error":
@@ -153,7 +156,8 @@ def keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """Dotted names of every field of a schema, sections included."""
     for name, field in model.model_fields.items():
         yield prefix + name
-        for inner in (field.annotation, *get_args(field.annotation)):
+        members = [get_args(each)[0] if get_origin(each) is Annotated else each for each in get_args(field.annotation)]
+        for inner in (field.annotation, *members):
             if isinstance(inner, type) and issubclass(inner, BaseModel):
                 yield from keys(inner, f"{prefix}{name}.")
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import posixpath
 import re
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from cosa_ray.config.credentials import holds_secret
 from cosa_ray.config.section import Count, CountOrZero, Fraction, NonNegative, OpenFraction, Positive, Section
@@ -205,6 +205,27 @@ class Tracking(Section):
         return self
 
 
+class Elastic(Section):
+    """A number of workers that follows the machines there are; results do not depend on it."""
+
+    min: Count = Field(1, description="Fewest workers; with fewer machines than that, the run waits.")
+    max: Count = Field(description="Most workers.")
+    look_every: Positive = Field(60.0, description="Seconds between looks at whether more workers have room.")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Elastic:
+        if self.min > self.max:
+            raise ValueError(f"workers.min ({self.min}) is above workers.max ({self.max}); swap them")
+        return self
+
+
+# Told apart by what was written, so that a mistake in one is not reported as two.
+WorkerCount = Annotated[
+    Annotated[Count, Tag("number")] | Annotated[Elastic, Tag("range")],
+    Discriminator(lambda given: "range" if isinstance(given, dict | Elastic) else "number"),
+]
+
+
 class Resources(Section):
     """What one worker is given by Ray. null CPUs: the cluster's CPUs shared out evenly."""
 
@@ -214,14 +235,20 @@ class Resources(Section):
     gpus_per_worker: NonNegative = Field(
         0.0, description="GPUs a worker; runs of one worker may share one by fractions."
     )
-    max_failures: CountOrZero = Field(3, description="Restarts after a worker failure before the run is given up.")
+    max_failures: CountOrZero = Field(
+        3, description="Restarts without a new checkpoint in between before the run is given up."
+    )
+    hang_seconds: Positive = Field(
+        1800.0,
+        description="Seconds without a step, or a batch of an evaluation, until workers are started again.",
+    )
 
 
 class Config(Section):
     """A whole experiment. The same file trains on a laptop, on a cluster, and inside a sweep."""
 
     seed: CountOrZero = Field(0, description="Seed of weights, data order and every draw.")
-    workers: Count = Field(1, description="Training workers (processes).")
+    workers: WorkerCount = Field(1, description="Training workers (processes), or a range {min, max} of them.")
     storage: str = Field("runs", description="Folder or URI under which every run has its folder.")
     init_from: str | None = Field(None, description="Run (name or folder) whose best weights this one starts from.")
     data: Data = Field(default_factory=Data)
@@ -240,12 +267,22 @@ class Config(Section):
     tracking: Tracking = Field(default_factory=Tracking)
     resources: Resources = Field(default_factory=Resources)
 
+    @property
+    def least_workers(self) -> int:
+        """Fewest workers it runs with."""
+        return self.workers if isinstance(self.workers, int) else self.workers.min
+
+    @property
+    def most_workers(self) -> int:
+        """Most workers it runs with."""
+        return self.workers if isinstance(self.workers, int) else self.workers.max
+
     @model_validator(mode="after")
     def _possible(self) -> Config:
-        training = self.training
-        if training.batch_size < self.workers * training.accumulate:
+        training, most = self.training, self.most_workers
+        if training.batch_size < most * training.accumulate:
             raise ValueError(
-                f"training.batch_size ({training.batch_size}) gives less than one image to each of {self.workers} "
+                f"training.batch_size ({training.batch_size}) gives less than one image to each of {most} "
                 f"workers x {training.accumulate} micro-batches; raise it or lower workers or training.accumulate"
             )
         if training.warmup_iters > training.steps:
@@ -259,11 +296,16 @@ class Config(Section):
                 f"training.steps ({training.steps})"
             )
         gpus = self.resources.gpus_per_worker
-        if gpus % 1 and (self.workers > 1 or gpus > 1):
+        if isinstance(self.workers, Elastic) and not gpus and self.resources.cpus_per_worker is None:
             raise ValueError(
-                f"resources.gpus_per_worker ({gpus:g}) must be whole with {self.workers} workers, because each needs a "
+                "workers as a range needs resources.cpus_per_worker (or gpus_per_worker), because it says how many "
+                "workers have room on the machines there are"
+            )
+        if gpus % 1 and (most > 1 or gpus > 1):
+            raise ValueError(
+                f"resources.gpus_per_worker ({gpus:g}) must be whole with {most} workers, because each needs a "
                 "GPU of its own; set it to 1, or workers to 1 for runs that share a GPU"
-                if self.workers > 1
+                if most > 1
                 else f"resources.gpus_per_worker ({gpus:g}) must be whole or below 1, because Ray splits one GPU only"
             )
         two = self.pseudo_labels.policy == "two_threshold"

@@ -224,6 +224,22 @@ def place(uri: str | os.PathLike[str]) -> Place:
     return Place(text, fs.PyFileSystem(fs.FSSpecHandler(filesystem)), path)
 
 
+def file_system(uri: str) -> tuple[Any, str]:
+    """(file system with fsspec's methods, path in it) of a path or URI, for whoever writes many small files.
+
+    Object stores are read by pyarrow, as everywhere here: s3fs and its like pin packages that others pin too.
+    """
+    import fsspec
+
+    if uri.partition("://")[0] not in ("s3", "gs", "gcs", "abfs", "abfss"):
+        filesystem, path = fsspec.core.url_to_fs(uri)
+        return filesystem, str(path).rstrip("/")
+    from fsspec.implementations.arrow import ArrowFSWrapper
+
+    found = place(uri)
+    return ArrowFSWrapper(found.filesystem), found.path.rstrip("/")
+
+
 @contextlib.contextmanager
 def reaching(uri: str, but: type[Exception] | tuple[type[Exception], ...] = ()) -> Iterator[None]:
     """Around what asks the file system of `uri`: its failures become NotThere, except those of the kinds `but`."""

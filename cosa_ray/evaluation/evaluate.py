@@ -86,6 +86,7 @@ def evaluate(
     sum_over_workers: Callable[[Tensor], Tensor] | None = None,
     device: torch.device | str = "cpu",
     autocast: torch.dtype | None = None,
+    each_batch: Callable[[], None] = lambda: None,
 ) -> EvaluationResult:
     """Evaluate both networks by the protocol of `config.evaluation` (method.md 6); every rank calls it.
 
@@ -95,6 +96,7 @@ def evaluate(
     classes: names without background. thresholds: those of the pseudo-labels in force, by name (background, or low and
     high). segment: False before the decoder is trained, leaves out what needs it. palette: RGB of background and every
     class. sum_over_workers: sums a tensor over the ranks. autocast: dtype of mixed precision, None for fp32.
+    each_batch: called after every batch.
     Raises UserError for a split without masks.
     """
     check_masks(split)
@@ -109,7 +111,7 @@ def evaluate(
     tiles: dict[int, Tile] = {}
     places = range(rank, len(order), world)
     wanted = shown if rank == 0 else []
-    for _ in scorer.count(tally, split, mine, places, tiles=tiles, wanted=wanted):
+    for _ in scorer.count(tally, split, mine, places, tiles=tiles, wanted=wanted, each_batch=each_batch):
         raise AssertionError("an evaluation inside a run has no CRF")
     online.train(was_training)
     tally.share(sum_over_workers or _alone, len(order))

@@ -109,11 +109,12 @@ class Scorer:
         *,
         tiles: dict[int, Tile] | None = None,
         wanted: Sequence[int] = (),
+        each_batch: Callable[[], None] = lambda: None,
     ) -> Iterator[CrfJob]:
         """Count the images `indices` of a split into `tally`; yields what the protocol's CRF is to refine, if any.
 
         places: of the images in the whole evaluation's order. tiles: receives those of the images `wanted`. A refined
-        prediction is counted by the caller (`Tally.add_matrix`).
+        prediction is counted by the caller (`Tally.add_matrix`). each_batch: called after every batch.
         """
         batches = evaluation_batches(
             split,
@@ -138,6 +139,7 @@ class Scorer:
                     tiles[batch.index[position]] = _tile(batch, position, seen)
                 for job in jobs:
                     yield job._replace(picture=split[batch.index[position]].image)
+            each_batch()
 
     def _run(self, name: NetworkName, images: Tensor, *, segment: bool) -> Inference:
         return infer(

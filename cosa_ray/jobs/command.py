@@ -134,7 +134,8 @@ def _sweep_files(path: Path, overrides: list[str], folder: str, tracked: bool) -
 
     What the sweep and `overrides` change of the base stays apart from it: a promotion asks what the base itself says.
     """
-    from cosa_ray.tuning.sweepfile import check_sweep, dump_sweep, find_base, load_sweep
+    from cosa_ray.tuning.check import check_sweep
+    from cosa_ray.tuning.sweepfile import dump_sweep, find_base, load_sweep
 
     sweep, config = load_sweep(path, overrides)
     check_sweep(sweep, config, str(path))

@@ -12,8 +12,9 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-import fsspec
 from fsspec.implementations.local import LocalFileSystem
+
+from cosa_ray.data.remote import file_system
 
 log = logging.getLogger(__name__)
 Record = dict[str, Any]
@@ -28,10 +29,8 @@ class Spool:
     """
 
     def __init__(self, uri: str) -> None:
-        filesystem, path = fsspec.core.url_to_fs(uri)
-        self._fs = filesystem
-        self._path = str(path).rstrip("/")
-        self._local = isinstance(filesystem, LocalFileSystem)
+        self._fs, self._path = file_system(uri)
+        self._local = isinstance(self._fs, LocalFileSystem)
         self._last = 0
 
     def segments(self, lane: str) -> list[str]:

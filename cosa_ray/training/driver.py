@@ -16,10 +16,13 @@ from typing import Any
 from cosa_ray.config.load import apply_overrides
 from cosa_ray.config.schema import Config
 from cosa_ray.errors import RunFailed, UserError
+from cosa_ray.training.lease import check_held, hold
 from cosa_ray.training.loop import Job, Outcome, run_worker
-from cosa_ray.training.ray_train import cpus_per_worker, fit, ray_cluster
+from cosa_ray.training.ray_train import fit, ray_cluster
+from cosa_ray.training.room import alive_nodes, cpus_per_worker, to_come
 from cosa_ray.training.runs import Run, check_free, check_name, create_run, find_run, resume_run
 from cosa_ray.training.session import LocalSession, Progress, start_monitor
+from cosa_ray.training.storage import RunFolder
 
 log = logging.getLogger(__name__)
 POLL_SECONDS = 0.5
@@ -64,8 +67,8 @@ def train(
     run did not end well.
     """
     name = check_name(name or time.strftime("run-%Y%m%d-%H%M%S"))
-    if local and config.workers > 1:
-        raise UserError(f"--local is one process, but workers is {config.workers}; add --set workers=1.")
+    if local and config.least_workers > 1:
+        raise UserError(f"--local is one process, but workers is at least {config.least_workers}; add --set workers=1.")
     config = resolve(config, track)
     run = resume_run(name, config) if resume else None
     if run is None:
@@ -77,15 +80,17 @@ def train(
         return summary(run, Outcome("finished", run.step))
     preflight(config, initialise=not resume and config.init_from is None)
     show = show or (lambda progress: log.info("%s", progress.line()))
-    if local:
-        run, job = prepare(config, name, run, track=track)
-        with catch_stop() as stop:
-            result = conclude(run, job, run_worker(job, LocalSession(show, stop)))
-    else:
+    with hold(RunFolder(f"{config.storage.rstrip('/')}/{name}"), f"run {name}") as lease:
+        # Once more: whoever held the name until now may have made or changed the run.
+        run = resume_run(name, config) if resume else None
+        if run is None:
+            check_free(name, config)
         # In this order: ray.init puts signal handlers of its own in place.
-        with ray_cluster(), catch_stop() as stop:
-            run, job = prepare(config, name, run, track=track)
-            result = conclude(run, job, _fit_and_show(job, stop, show))
+        with contextlib.nullcontext() if local else ray_cluster(), catch_stop() as stop:
+            run, job = prepare(config, name, run, track=track, lease=lease.token)
+            outcome = run_worker(job, LocalSession(show, stop)) if local else _fit_and_show(job, stop, show)
+            check_held(run.folder, lease.token, f"run {name}")
+            result = conclude(run, job, outcome)
     if result.state in ("failed", "diverged"):
         raise RunFailed(f"run {name} {result.state} at step {result.step}: {result.cause} (folder {result.folder}).")
     return result
@@ -145,16 +150,19 @@ def prepare(
     parent_run_id: str | None = None,
     parent: str | None = None,
     tags: Mapping[str, str] | None = None,
+    lease: str | None = None,
 ) -> tuple[Run, Job]:
     """Check what the cluster offers, open the tracking store, and make the run's folder (unless `run` is continued).
 
-    `config` is resolved and preflighted. A sweep names its parent run. Raises UserError, with nothing left behind.
+    `config` is resolved and preflighted. A sweep names its parent run. `lease`: token of the lease on the
+    folder, when it is held. Raises UserError, with nothing left behind.
     """
     nodes = 1
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
-        ray = sys.modules["ray"]
-        nodes = sum(node["Alive"] for node in ray.nodes())
-        cpus_per_worker(config, ray.cluster_resources())
+        alive = alive_nodes()
+        coming = to_come(alive)
+        cpus_per_worker(config, alive, coming)
+        nodes = len(alive) + len(coming)
     init_from = None
     if config.init_from is not None:
         source = find_run(config.init_from, config.storage)
@@ -176,7 +184,7 @@ def prepare(
         run = create_run(name, config, best_metric(config, metric_prefix(config, images)))
     if tracking is not None:
         run = run.update(tracking_uri=tracking.uri, parent_run_id=parent_run_id)
-    return run, Job(name, run.folder.uri, config, tracking, config.resources.cpus_per_worker, init_from)
+    return run, Job(name, run.folder.uri, config, tracking, config.resources.cpus_per_worker, init_from, lease=lease)
 
 
 def conclude(run: Run, job: Job, outcome: Outcome) -> RunResult:

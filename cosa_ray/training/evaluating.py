@@ -28,7 +28,8 @@ from cosa_ray.evaluation.tally import Tally, plain_name
 from cosa_ray.evaluation.trained import DESCRIPTION, Description, load_trained
 from cosa_ray.training.distributed import join_workers, torch_settings
 from cosa_ray.training.models import choose_checkpoint
-from cosa_ray.training.ray_train import cpus_per_worker, needs_ray, ray_cluster
+from cosa_ray.training.ray_train import needs_ray, ray_cluster
+from cosa_ray.training.room import alive_nodes, cpus_per_worker, without_cpus
 from cosa_ray.training.runs import Run, find_run
 from cosa_ray.training.storage import CheckpointEntry, RunFolder
 
@@ -265,7 +266,7 @@ _Workers = tuple[Callable[[list[_Chunk]], Iterator[Tally]], Callable[[list[int]]
 
 def _chunks(order: Sequence[int], task: _Task) -> list[_Chunk]:
     """(indices, places) of the parts that are handed out: sixteen a worker, or more of at most `_CHUNK` images."""
-    even = -(-len(order) // (16 * task.config.workers))
+    even = -(-len(order) // (16 * task.config.least_workers))
     size = max(task.protocol.batch_size, min(_CHUNK, even))
     places = list(range(len(order)))
     return [(list(order[start : start + size]), places[start : start + size]) for start in places[::size]]
@@ -287,10 +288,10 @@ def _workers_on_ray(task: _Task) -> Iterator[_Workers]:
 
     config = task.config
     with ray_cluster():
-        cluster = ray.cluster_resources()
+        cluster = alive_nodes()
         if task.protocol.crf is not None:
-            cluster["CPU"] = cluster.get("CPU", 0.0) - 1  # the CRF's tasks would wait for ever behind the workers
-            if cluster["CPU"] < 0.1:
+            cluster = without_cpus(cluster, 1)  # the CRF's tasks would wait for ever behind the workers
+            if sum(node.cpus for node in cluster) < 0.2:
                 raise UserError("the CRF's tasks need a CPU beside the workers', and the cluster has one; add --local.")
         task = replace(task, cpus=cpus_per_worker(config, cluster))
         gpus = config.resources.gpus_per_worker
@@ -302,7 +303,7 @@ def _workers_on_ray(task: _Task) -> Iterator[_Workers]:
         )(_Part)
         # Ray shows a worker the GPUs it was given and no others.
         device = torch.device("cuda" if gpus else "cpu")
-        handles = [actor.remote(task, device) for _ in range(config.workers)]
+        handles = [actor.remote(task, device) for _ in range(config.least_workers)]
         pool = ActorPool(handles)
 
         def count(chunks: list[_Chunk]) -> Iterator[Tally]:

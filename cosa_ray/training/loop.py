@@ -24,9 +24,10 @@ from cosa_ray.method.schedule import phase
 from cosa_ray.method.step import MicroBatch, StepOutput, classification_step, cotraining_step, fill_step
 from cosa_ray.tracking.tracker import Tracking, open_tracker
 from cosa_ray.training.distributed import Agreed, StepStatus, Workers, join_workers, torch_settings
+from cosa_ray.training.lease import check_held
 from cosa_ray.training.session import Progress, Session
 from cosa_ray.training.state import TrainState
-from cosa_ray.training.storage import CheckpointEntry, CheckpointStore, RunFolder
+from cosa_ray.training.storage import CheckpointEntry, CheckpointStore, RunFolder, patiently
 
 log = logging.getLogger(__name__)
 PROGRESS_SECONDS = 1.0
@@ -35,7 +36,10 @@ _STATUS = {"finished": "FINISHED", "stopped": "KILLED", "paused": "RUNNING"}
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker is handed: picklable, resolved, with absolute paths. `pause_at`: step to pause at, if any."""
+    """What a worker is handed: picklable, resolved, with absolute paths.
+
+    `pause_at`: step to pause at, if any. `lease`: token of the lease on the folder, None where nobody else can come.
+    """
 
     name: str
     folder: str
@@ -44,6 +48,7 @@ class Job:
     cpus_per_worker: float | None = None
     init_from: str | None = None
     pause_at: int | None = None
+    lease: str | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ class _Run:
         self.folder = RunFolder(job.folder)
         self.prefix = metric_prefix(config, len(self.val_split))
         self.checkpoints = CheckpointStore(self.folder, best_metric(config, self.prefix))
-        latest = self.checkpoints.latest()
+        latest = patiently(self.checkpoints.latest, "the list of checkpoints", session.alive)
         fresh = latest is None and job.init_from is None
         self.state = TrainState(config, self.dataset.num_classes, workers.device, initialise=fresh)
         self.autocast = autocast_dtype(config, workers.device)
@@ -166,6 +171,7 @@ class _Run:
         """One optimiser step; returns what the workers agreed on after the step before."""
         config, state, workers = self.config, self.state, self.workers
         step, log_now = state.step, (state.step + 1) % config.tracking.log_every == 0
+        self.session.alive()
         now = self._phase(step)
         micro_batches = self._micro_batches(batch)
         common: dict[str, Any] = {
@@ -308,6 +314,7 @@ class _Run:
                 sum_over_workers=self.workers.sum,
                 device=self.workers.device,
                 autocast=self.autocast,
+                each_batch=self.session.alive,
             )
         self.metrics = {**{k: v for k, v in self.metrics.items() if k.startswith("train/")}, **result.metrics}
         took = time.perf_counter() - began
@@ -338,10 +345,17 @@ class _Run:
             worker_seconds=state.worker_seconds,
             thresholds=state.threshold_values(),
         )
+        patiently(lambda: self._keep(description, metrics), f"the checkpoint of step {state.step}", self.session.alive)
+
+    def _keep(self, description: Description, metrics: dict[str, float]) -> None:
+        """Write the state to storage and make it count; doing it again does no harm."""
+        state = self.state
+        check_held(self.folder, self.job.lease, f"run {self.job.name}")
         with tempfile.TemporaryDirectory(prefix="cosa-ray-checkpoint-") as temporary:
             state.save(Path(temporary), self.dataset.card, description)
             name = self.checkpoints.upload(Path(temporary), state.step)
         self.tracker.flush()
+        check_held(self.folder, self.job.lease, f"run {self.job.name}")
         self.checkpoints.register(name, state.step, metrics)
 
     def _report(self) -> None:
@@ -352,6 +366,9 @@ class _Run:
 
     def _restore(self, latest: CheckpointEntry | None) -> None:
         """Go on from the last registered checkpoint, else start from another run's weights, else afresh."""
+        patiently(lambda: self._read_state(latest), "what the run goes on from", self.session.alive)
+
+    def _read_state(self, latest: CheckpointEntry | None) -> None:
         if self.workers.rank == 0:
             self.checkpoints.sweep_orphans()
         if latest is not None:

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 
 from cosa_ray.config.schema import Config
-from cosa_ray.errors import UserError
+from cosa_ray.errors import RunFailed, UserError
 from cosa_ray.training.loop import Job, Outcome, run_worker
+from cosa_ray.training.room import alive_nodes, cpus_per_worker, to_come
 from cosa_ray.training.runs import read_run
-from cosa_ray.training.session import RaySession
+from cosa_ray.training.session import RaySession, sentence_of
 
 # Read by Ray Train when a run starts: workers keep the folder they are in, print once, and are looked at often.
 RAY_TRAIN_SETTINGS = {
@@ -32,6 +33,8 @@ RAY_TRAIN_SETTINGS = {
 LOCAL_SETTINGS = {**RAY_TRAIN_SETTINGS, "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 
 _CONNECT_SECONDS = 10.0
+# Of five minutes each, without room for the workers of a run: a day for machines to come back.
+_START_ATTEMPTS = 288
 
 
 @contextlib.contextmanager
@@ -99,7 +102,7 @@ def not_attached(message: str) -> str:
 def needs_ray(config: Config) -> bool:
     """True when a job of this config cannot be done in this process: several workers, GPUs, or a cluster to go to."""
     attached = "ray" in sys.modules and sys.modules["ray"].is_initialized()
-    asked = config.workers > 1 or config.resources.gpus_per_worker > 0
+    asked = config.most_workers > 1 or config.resources.gpus_per_worker > 0
     return asked or attached or bool(os.environ.get("RAY_ADDRESS"))
 
 
@@ -108,25 +111,29 @@ def fit(job: Job, monitor: Any, callbacks: Sequence[Any] = ()) -> Outcome:
     import ray
     import ray.train
 
+    from cosa_ray.training.failures import GiveUp
+
     config = job.config
     os.environ.update({key: os.environ.get(key, value) for key, value in RAY_TRAIN_SETTINGS.items()})
-    job = replace(job, cpus_per_worker=cpus_per_worker(config, ray.cluster_resources()))
+    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", f"{min(600.0, config.resources.hang_seconds):g}")
+    alive = alive_nodes()
+    job = replace(job, cpus_per_worker=cpus_per_worker(config, alive, to_come(alive)))
     storage, _, name = job.folder.rpartition("/")
     # Neither the job nor its outcome passes through the controller as an object of ours: it would import all of torch
     # and of this project to read it, for seconds and half a gigabyte.
     trainer = _trainer(config)(
         partial(_work, job, monitor),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=config.workers,
+            **_number_of_workers(config),
             use_gpu=config.resources.gpus_per_worker > 0,
             resources_per_worker={"CPU": job.cpus_per_worker, "GPU": config.resources.gpus_per_worker},
         ),
         run_config=ray.train.RunConfig(
             name=name,
             storage_path=storage,
-            callbacks=list(callbacks),
+            callbacks=[*callbacks, GiveUp(job.name, job.folder, config.resources.max_failures, monitor)],
             failure_config=ray.train.FailureConfig(
-                max_failures=config.resources.max_failures, controller_failure_limit=3
+                max_failures=-1, max_preemption_failures=-1, controller_failure_limit=_START_ATTEMPTS
             ),
         ),
     )
@@ -137,13 +144,21 @@ def fit(job: Job, monitor: Any, callbacks: Sequence[Any] = ()) -> Outcome:
             outcome = Outcome(**returned)
     except ray.train.TrainingFailedError as error:
         cause = _cause(error)
-    if mistake := ray.get(monitor.kept.remote(_mistake_of(job.name))):
+    if mistake := ray.get(monitor.kept.remote(sentence_of(job.name))):
         cause = mistake
-        ray.get(monitor.keep.remote(_mistake_of(job.name), None))  # the run may be continued
+        ray.get(monitor.keep.remote(sentence_of(job.name), None))  # the run may be continued
     if outcome is None or outcome.state == "failed":
         run = read_run(job.folder)
         return Outcome("failed", run.step if run else 0, cause)
     return outcome
+
+
+def _number_of_workers(config: Config) -> dict[str, Any]:
+    """How many workers, as Ray Train's scaling has it."""
+    workers = config.workers
+    if isinstance(workers, int):
+        return {"num_workers": workers}
+    return {"num_workers": (workers.min, workers.max), "elastic_resize_monitor_interval_s": workers.look_every}
 
 
 def _trainer(config: Config) -> Any:
@@ -151,14 +166,15 @@ def _trainer(config: Config) -> Any:
 
     One worker on CPUs needs none, and without it Ray's controller does not import torch.
     """
-    if config.workers == 1 and not config.resources.gpus_per_worker:
+    if config.most_workers == 1 and not config.resources.gpus_per_worker:
         from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
         return _without_datasets(DataParallelTrainer)
     from ray.train.torch import TorchConfig, TorchTrainer
 
     backend = "nccl" if config.resources.gpus_per_worker else "gloo"
-    return partial(_without_datasets(TorchTrainer), torch_config=TorchConfig(backend=backend))
+    torch_config = TorchConfig(backend=backend, timeout_s=max(1, round(config.resources.hang_seconds)))
+    return partial(_without_datasets(TorchTrainer), torch_config=torch_config)
 
 
 def _without_datasets(trainer: Any) -> Any:
@@ -184,22 +200,17 @@ def _work(job: Job, monitor: Any) -> dict[str, Any]:
     import ray.train
 
     context = ray.train.get_context()
-    if (sentence := ray.get(monitor.kept.remote(_mistake_of(job.name)))) is not None:
+    if (sentence := ray.get(monitor.kept.remote(sentence_of(job.name)))) is not None:
         return asdict(Outcome("failed", 0, sentence))
-    session = RaySession(monitor, job.name, context.get_world_rank())
+    session = RaySession(monitor, job.name, context.get_world_rank(), job.config.resources.hang_seconds)
     try:
         return asdict(run_worker(job, session, worker_device(job.config)))
-    except UserError as error:
+    except (UserError, RunFailed) as error:
         session.close()
-        ray.get(monitor.keep.remote(_mistake_of(job.name), str(error)))
+        ray.get(monitor.keep.remote(sentence_of(job.name), str(error)))
         if context.get_world_size() > 1:
             raise
         return asdict(Outcome("failed", 0, str(error)))
-
-
-def _mistake_of(run: str) -> str:
-    """Under what the monitor keeps the sentence that ends a run."""
-    return f"mistake of {run}"
 
 
 def worker_device(config: Config) -> torch.device:
@@ -209,29 +220,6 @@ def worker_device(config: Config) -> torch.device:
     import ray.train.torch
 
     return ray.train.torch.get_device()
-
-
-def cpus_per_worker(config: Config, cluster: dict[str, float]) -> float:
-    """Logical CPUs a worker: as configured, else the cluster's shared out evenly with a little left for drivers.
-
-    Raises UserError with the arithmetic when the workers cannot fit, instead of waiting for ever.
-    """
-    cpus, gpus = cluster.get("CPU", 0.0), cluster.get("GPU", 0.0)
-    each = config.resources.cpus_per_worker
-    if each is None:
-        each = int(max(0.01, (cpus - 0.1) / config.workers) * 100) / 100
-    if config.workers * each > cpus:
-        raise UserError(
-            f"{config.workers} workers x {each} CPUs = {config.workers * each:g} do not fit the cluster's {cpus:g} "
-            "CPUs; lower workers or resources.cpus_per_worker."
-        )
-    if config.workers * config.resources.gpus_per_worker > gpus:
-        raise UserError(
-            f"{config.workers} workers x {config.resources.gpus_per_worker} GPUs = "
-            f"{config.workers * config.resources.gpus_per_worker:g} do not fit the cluster's {gpus:g} GPUs; "
-            "lower workers or resources.gpus_per_worker."
-        )
-    return each
 
 
 def _cause(error: BaseException) -> str:

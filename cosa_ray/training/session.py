@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+from cosa_ray.training.watchdog import Watchdog
+
 POLL_SECONDS = 0.5
 
 
@@ -52,6 +54,9 @@ class Session(Protocol):
     def stop_wished(self) -> bool:
         """True when somebody asked the run to stop."""
 
+    def alive(self) -> None:
+        """There was progress: a step, or a batch of an evaluation."""
+
     def close(self) -> None:
         """Release what the session holds."""
 
@@ -72,6 +77,9 @@ class LocalSession:
     def stop_wished(self) -> bool:
         return self._stop.is_set()
 
+    def alive(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
@@ -79,8 +87,9 @@ class LocalSession:
 class RaySession:
     """A Ray Train worker: talks to the driver through the run's monitor actor, to Tune through `ray.train.report`."""
 
-    def __init__(self, monitor: Any, run: str, rank: int) -> None:
+    def __init__(self, monitor: Any, run: str, rank: int, hang_seconds: float) -> None:
         self._monitor = monitor
+        self._watchdog = Watchdog(hang_seconds)
         self._run = run
         self._wish = threading.Event()
         self._closed = threading.Event()
@@ -100,7 +109,11 @@ class RaySession:
     def stop_wished(self) -> bool:
         return self._wish.is_set()
 
+    def alive(self) -> None:
+        self._watchdog.alive()
+
     def close(self) -> None:
+        self._watchdog.close()
         self._closed.set()
         if self._thread:
             self._thread.join(timeout=2 * POLL_SECONDS)
@@ -177,10 +190,20 @@ class Monitor:
             else:
                 self._kept[key] = value
 
+    def keep_first(self, key: str, value: Any) -> None:
+        """Remember a value unless one is kept under the key already."""
+        with self._lock:
+            self._kept.setdefault(key, value)
+
     def kept(self, key: str) -> Any:
         """The value kept under a key, None when there is none."""
         with self._lock:
             return self._kept.get(key)
+
+
+def sentence_of(run: str) -> str:
+    """Under what the monitor keeps the sentence that ends a run."""
+    return f"mistake of {run}"
 
 
 def start_monitor(slots: int | None = None) -> Any:

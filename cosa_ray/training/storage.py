@@ -9,27 +9,55 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import posixpath
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
-import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from cosa_ray.data.remote import file_system
+from cosa_ray.errors import RunFailed, UserError
+
 FULL_STATE = "state.pt"
+PATIENCE_SECONDS = 300.0
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+def patiently(action: Callable[[], T], what: str, alive: Callable[[], None] = lambda: None) -> T:
+    """The action's result, tried again for `PATIENCE_SECONDS` while storage refuses; then its error is raised.
+
+    Full disks are emptied, servers come back, credentials are renewed. A mistake of the user, a run that was taken
+    over, a file that is not there and a defect of ours are not waited for. `alive` is called before every try.
+    """
+    end, pause = time.monotonic() + PATIENCE_SECONDS, 1.0
+    while True:
+        alive()
+        try:
+            return action()
+        except (UserError, RunFailed, FileNotFoundError, TypeError, ValueError, LookupError, AttributeError):
+            raise
+        except Exception as error:
+            left = end - time.monotonic()
+            if left <= 0:
+                raise
+            log.warning("storage: %s failed (%s: %s); trying again for %.0f s", what, type(error).__name__, error, left)
+            time.sleep(min(pause, left))
+            pause = min(2 * pause, 15.0)
 
 
 class RunFolder:
     """A folder given by path or URI; every write of a small file is all or nothing."""
 
     def __init__(self, uri: str) -> None:
-        filesystem, path = fsspec.core.url_to_fs(uri)
-        self.fs = filesystem
-        self.path = str(path).rstrip("/")
-        self.is_local = isinstance(filesystem, LocalFileSystem)
+        self.fs, self.path = file_system(uri)
+        self.is_local = isinstance(self.fs, LocalFileSystem)
         self.uri = self.path if self.is_local else uri.rstrip("/")
 
     def join(self, name: str) -> str:
@@ -65,7 +93,7 @@ class RunFolder:
             os.replace(temporary, target)
             _sync(posixpath.dirname(target))
         except BaseException:
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):
                 os.unlink(temporary)
             raise
 

@@ -287,7 +287,7 @@ def _made_by(promotion: Promotion, experiment: Config) -> tuple[str | None, str]
     commit = tags.get("mlflow.source.git.commit")
     if commit is not None:
         commit = commit[:9] + (" with changes" if tags.get("cosa_ray.git.dirty") == "true" else "")
-    return commit, machine_words(found, experiment.workers * experiment.resources.gpus_per_worker)
+    return commit, machine_words(found, experiment.most_workers * experiment.resources.gpus_per_worker)
 
 
 def _write(folder: RunFolder, promotion: Promotion) -> Promotion:

@@ -12,19 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cosa_ray.errors import UserError
+from cosa_ray.training.room import GRAIN, SMALLEST_SHARE, Node, gpu_slots, largest_share, shape, slots
 
 DRIVER_CPUS = 0.001
-_SMALLEST_SHARE = 0.01
-# Ray counts resources in ten-thousandths.
-_GRAIN = 1e-4 / 2
-
-
-@dataclass(frozen=True)
-class Node:
-    """Logical CPUs and GPUs of one machine of the cluster."""
-
-    cpus: float
-    gpus: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -54,19 +44,19 @@ def fit_resources(
     than asked for, where no more fit). Raises UserError with the arithmetic when a trial, or the asked-for number of
     trials, does not fit.
     """
-    if gpus_per_worker > 0 and sum(_gpu_slots(node, gpus_per_worker) for node in cluster) < workers:
+    if gpus_per_worker > 0 and sum(gpu_slots(node, gpus_per_worker) for node in cluster) < workers:
         raise UserError(
             f"the sweep does not fit the cluster: a trial needs {workers} workers x {gpus_per_worker:g} GPUs = "
-            f"{workers * gpus_per_worker:g}, and there are {_shape([node.gpus for node in cluster])} GPUs; "
+            f"{workers * gpus_per_worker:g}, and there are {shape([node.gpus for node in cluster])} GPUs; "
             "lower workers or resources.gpus_per_worker."
         )
     if cpus_per_worker is None:
         at_once = concurrency or _roomy(cluster, workers, trials, gpus_per_worker)
         at_once = min(at_once, trials)
         alive = max(at_once, drivers or 0)
-        share = _largest_share(cluster, workers, at_once, gpus_per_worker, alive)
+        share = largest_share(cluster, workers * at_once, gpus_per_worker, reserved=alive * DRIVER_CPUS)
         if share is None:
-            raise _too_many(cluster, workers, at_once, _SMALLEST_SHARE, gpus_per_worker, alive)
+            raise _too_many(cluster, workers, at_once, SMALLEST_SHARE, gpus_per_worker, alive)
         return Fit(at_once, share, gpus_per_worker)
 
     def fits(at_once: int) -> bool:
@@ -80,64 +70,30 @@ def fit_resources(
     return Fit(at_once, cpus_per_worker, gpus_per_worker)
 
 
-def _slots(cluster: Sequence[Node], drivers: int, cpus: float, gpus: float) -> int:
-    """Workers that have room when every driver may sit on any machine."""
-    total = 0
-    for node in cluster:
-        room = max(0, math.floor((node.cpus - drivers * DRIVER_CPUS + _GRAIN) / cpus))
-        total += min(room, _gpu_slots(node, gpus)) if gpus > 0 else room
-    return total
-
-
-def _gpu_slots(node: Node, gpus: float) -> int:
-    """Workers for which a machine has GPUs; a fraction never spans two of them."""
-    if gpus < 1:
-        return math.floor(node.gpus) * math.floor(1 / gpus + 1e-9)
-    return math.floor(node.gpus / gpus + 1e-9)
-
-
 def _fits(cluster: Sequence[Node], workers: int, trials: int, cpus: float, gpus: float, drivers: int) -> bool:
-    return _slots(cluster, drivers, cpus, gpus) >= workers * trials
+    return slots(cluster, cpus, gpus, reserved=drivers * DRIVER_CPUS) >= workers * trials
 
 
 def _roomy(cluster: Sequence[Node], workers: int, trials: int, gpus: float) -> int:
     """Trials at a time when nobody said: as many as there are GPUs for, without GPUs a whole CPU a worker."""
     if gpus > 0:
-        return max(1, min(trials, sum(_gpu_slots(node, gpus) for node in cluster) // workers))
+        return max(1, min(trials, sum(gpu_slots(node, gpus) for node in cluster) // workers))
     return max(1, min(trials, sum(math.floor(node.cpus) for node in cluster) // workers))
-
-
-def _largest_share(cluster: Sequence[Node], workers: int, trials: int, gpus: float, drivers: int) -> float | None:
-    """The most CPUs a worker can get when `trials` run at once, None when not even the smallest share fits."""
-    shares = {
-        math.floor((node.cpus - drivers * DRIVER_CPUS) / count * 100 + 1e-6) / 100
-        for node in cluster
-        for count in range(1, workers * trials + 1)
-    }
-    for share in sorted(shares, reverse=True):
-        if share >= _SMALLEST_SHARE and _fits(cluster, workers, trials, share, gpus, drivers):
-            return share
-    return None
 
 
 def _too_many(cluster: Sequence[Node], workers: int, trials: int, cpus: float, gpus: float, drivers: int) -> UserError:
     """The arithmetic of a sweep that does not fit, in one sentence."""
     need = drivers * DRIVER_CPUS + trials * workers * cpus
     have = sum(node.cpus for node in cluster)
-    if need <= have + _GRAIN and gpus > 0:
+    if need <= have + GRAIN and gpus > 0:
         resource = f"{trials} x {workers} workers x {gpus:g} GPUs = {trials * workers * gpus:g} GPUs"
-        there = f"{_shape([node.gpus for node in cluster])} GPUs"
+        there = f"{shape([node.gpus for node in cluster])} GPUs"
     else:
         plural = "driver" if drivers == 1 else "drivers"
         resource = f"{trials} x {workers} workers x {cpus:g} + {drivers} {plural} x {DRIVER_CPUS} = {need:g} CPUs"
-        there = f"{_shape([node.cpus for node in cluster])} CPUs"
+        there = f"{shape([node.cpus for node in cluster])} CPUs"
     what = "a trial needs" if trials == 1 else f"{trials} trials at a time need"
     lower = (
         "workers or resources.cpus_per_worker" if trials == 1 else "concurrency, workers or resources.cpus_per_worker"
     )
     return UserError(f"the sweep does not fit the cluster: {what} {resource}, and there are {there}; lower {lower}.")
-
-
-def _shape(amounts: Sequence[float]) -> str:
-    """'2' for one machine, '4 + 4' for two."""
-    return " + ".join(f"{amount:g}" for amount in amounts) or "0"

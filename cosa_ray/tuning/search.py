@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cosa_ray.config.schema import Config
+from cosa_ray.tuning.check import complete, wanted
 from cosa_ray.tuning.journal import ENDED, Entry, Journal, by_configuration
 from cosa_ray.tuning.space import Space, grid_points, sample
-from cosa_ray.tuning.sweepfile import Mode, Sweep, complete, wanted
+from cosa_ray.tuning.sweepfile import Mode, Sweep
 
 if TYPE_CHECKING:
     from optuna import Study

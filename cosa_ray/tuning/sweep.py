@@ -13,9 +13,11 @@ import yaml
 from cosa_ray.config.load import apply_overrides, dump_config
 from cosa_ray.config.schema import Config
 from cosa_ray.errors import RunFailed, UserError
+from cosa_ray.training.room import alive_nodes
+from cosa_ray.tuning.check import check_sweep, generations, rungs, wanted
 from cosa_ray.tuning.metrics import sweep_metrics
 from cosa_ray.tuning.parent import deliver_rest, parent_run, parent_tracking
-from cosa_ray.tuning.resources import Fit, Node, fit_resources
+from cosa_ray.tuning.resources import Fit, fit_resources
 from cosa_ray.tuning.results import (
     SweepResult,
     TrialResult,
@@ -28,17 +30,7 @@ from cosa_ray.tuning.results import (
     write_result,
 )
 from cosa_ray.tuning.search import Search
-from cosa_ray.tuning.sweepfile import (
-    RESUMABLE,
-    Mode,
-    Sweep,
-    check_sweep,
-    dump_sweep,
-    generations,
-    load_sweep,
-    rungs,
-    wanted,
-)
+from cosa_ray.tuning.sweepfile import RESUMABLE, Mode, Sweep, dump_sweep, load_sweep
 from cosa_ray.tuning.tuner import run_trials, tune_settings
 from cosa_ray.tuning.watch import SweepProgress, Watch
 
@@ -78,6 +70,7 @@ def run_sweep(
     succeeded, or too many failed in a row. `show` is told how far everything is, `say` once what is about to happen.
     """
     from cosa_ray.training.driver import preflight, ray_cluster, resolve
+    from cosa_ray.training.lease import hold
     from cosa_ray.training.storage import RunFolder
     from cosa_ray.tuning.earlier import earlier_runs, keep_earlier
     from cosa_ray.tuning.journal import Journal
@@ -103,6 +96,8 @@ def run_sweep(
     known = earlier_runs(sweep, config, metrics, folder, where)
     search = Search(sweep, config, metrics, journal, known, again)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(hold(folder, where))
+        _check_folder(folder, name, files, resume)  # whoever held it until now may have changed it
         stack.enter_context(tune_settings())
         stack.enter_context(ray_cluster())
         import ray
@@ -285,13 +280,9 @@ def _finished(result: SweepResult, sweep: Sweep, config: Config, folder: RunFold
 
 def _divide(sweep: Sweep, config: Config, trials: int, drivers: int | None) -> Fit:
     """Divide the cluster this process is attached to; a population has a driver for each of its trials at once."""
-    import ray
-
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    cluster = [Node(node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0)) for node in nodes]
     return fit_resources(
-        cluster,
-        workers=config.workers,
+        alive_nodes(),
+        workers=config.least_workers,
         trials=trials,
         cpus_per_worker=config.resources.cpus_per_worker,
         gpus_per_worker=config.resources.gpus_per_worker,

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from cosa_ray.config.schema import Config
+from cosa_ray.tuning.check import grace_steps, rungs
 from cosa_ray.tuning.resources import DRIVER_CPUS
-from cosa_ray.tuning.sweepfile import Sweep, grace_steps, rungs
+from cosa_ray.tuning.sweepfile import Sweep
 
 if TYPE_CHECKING:
     from cosa_ray.training.storage import RunFolder

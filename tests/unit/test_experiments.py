@@ -12,7 +12,8 @@ from cosa_ray.config.schema import Config
 from cosa_ray.data.dataset import open_dataset
 from cosa_ray.data.importing import import_dataset
 from cosa_ray.training.driver import train
-from cosa_ray.tuning.sweepfile import check_sweep, load_sweep
+from cosa_ray.tuning.check import check_sweep
+from cosa_ray.tuning.sweepfile import load_sweep
 
 EXPERIMENTS = [name for name in shipped_experiments() if not name.startswith("sweeps/")]
 SWEEPS = [name for name in shipped_experiments() if name.startswith("sweeps/")]

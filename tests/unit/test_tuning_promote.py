@@ -17,11 +17,12 @@ from cosa_ray.config.schema import Config
 from cosa_ray.errors import UserError
 from cosa_ray.evaluation.report import Report
 from cosa_ray.training.storage import RunFolder
+from cosa_ray.tuning.check import check_sweep, complete
 from cosa_ray.tuning.choosing import LENGTH, Source, choices, choose, full_length, plan_promotion, read_source
 from cosa_ray.tuning.promote import _sum_up, promote_sweep
 from cosa_ray.tuning.promotion import Configuration, PromotedRun, Promotion, Spread, machine_words
 from cosa_ray.tuning.results import SweepResult, TrialResult, write_result
-from cosa_ray.tuning.sweepfile import Sweep, check_sweep, complete, dump_sweep, load_sweep
+from cosa_ray.tuning.sweepfile import Sweep, dump_sweep, load_sweep
 
 Make = Callable[..., Config]
 SPACE = {"losses.cam_to_seg": {"uniform": [0.05, 0.4]}}

@@ -14,6 +14,7 @@ import pytest
 from cosa_ray.config.schema import Config
 from cosa_ray.training.storage import RunFolder
 from cosa_ray.tuning import search as search_module
+from cosa_ray.tuning.check import check_sweep
 from cosa_ray.tuning.journal import Entry, Journal, Report
 from cosa_ray.tuning.search import (
     Known,
@@ -25,7 +26,7 @@ from cosa_ray.tuning.search import (
     trial_scores,
 )
 from cosa_ray.tuning.space import Dimension
-from cosa_ray.tuning.sweepfile import Sweep, check_sweep
+from cosa_ray.tuning.sweepfile import Sweep
 
 BASE = Config()
 SPACE = {

@@ -11,19 +11,9 @@ from pydantic import ValidationError
 
 from cosa_ray.config.load import SHIPPED, load_config
 from cosa_ray.errors import UserError
+from cosa_ray.tuning.check import check_sweep, complete, generations, grace_steps, rungs, wanted
 from cosa_ray.tuning.space import Dimension
-from cosa_ray.tuning.sweepfile import (
-    Sweep,
-    check_sweep,
-    complete,
-    dump_sweep,
-    find_sweep,
-    generations,
-    grace_steps,
-    load_sweep,
-    rungs,
-    wanted,
-)
+from cosa_ray.tuning.sweepfile import Sweep, dump_sweep, find_sweep, load_sweep
 
 BASE = "training: {steps: 1000, warmup_iters: 400}\nevaluation: {every: 100}\noptimiser: {warmup_steps: 10}\n"
 LR = {"optimiser.lr": {"loguniform": [1e-5, 1e-2]}}
