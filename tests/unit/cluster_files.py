@@ -36,7 +36,7 @@ def manifests() -> list[dict[str, Any]]:
 
 def ray_cluster(manifest: dict[str, Any]) -> dict[str, Any] | None:
     """The cluster that a RayCluster or a RayJob asks for."""
-    spec: dict[str, Any] = manifest["spec"] if "spec" in manifest else {}
+    spec: dict[str, Any] = manifest.get("spec", {})
     return {"RayCluster": spec, "RayJob": spec.get("rayClusterSpec")}.get(manifest["kind"])
 
 

@@ -110,7 +110,11 @@ def replace(old: str, new: str) -> Callable[[str], str]:
         ("aws", replace("head_setup_commands: []\n", ""), "Ray's default installs Ray"),
         ("aws", replace("      InstanceMarketOptions: {MarketType: spot}\n", ""), "not spot"),
         ("gcp", replace("        - provisioningModel: SPOT\n", ""), "not spot"),
-        ("aws", replace("m6i.2xlarge\n", "m6i.2xlarge\n      InstanceMarketOptions: {MarketType: spot}\n"), "head: spot"),
+        (
+            "aws",
+            replace("m6i.2xlarge\n", "m6i.2xlarge\n      InstanceMarketOptions: {MarketType: spot}\n"),
+            "head: spot",
+        ),
         ("gcp", replace("min_workers: 1", "min_workers: 0"), "bounds"),
         ("onprem", replace("min_workers: 2\nmax", "min_workers: 1\nmax"), "bounds"),
         ("gcp", replace('resources: {"CPU": 0}', "resources: {}"), "takes workers"),
