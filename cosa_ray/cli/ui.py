@@ -24,7 +24,8 @@ def ui(
     """
     import signal
 
-    from cosa_ray.tracking.ui import Pages, is_server, shown, store_to_show
+    from cosa_ray.tracking.refusal import is_server
+    from cosa_ray.tracking.ui import Pages, shown, store_to_show
 
     store = store_to_show(uri)
     if is_server(store):

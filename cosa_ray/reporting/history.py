@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from cosa_ray.reporting.subjects import Side
+from cosa_ray.tracking.refusal import refusal
 from cosa_ray.tracking.store import Store, find_run, sqlite_path, tracking_uri
 from cosa_ray.training.runs import Run
 
@@ -98,7 +99,7 @@ class Histories:
             if getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST":
                 self.notes.append(f"The MLflow store {store.shown} does not have run {run.record.name}.")
             else:
-                self._note(uri, f"MLflow at {store.shown} does not answer")
+                self._note(uri, str(refusal(store, error) or f"MLflow at {store.shown} does not answer"))
             return Tracked()
         start, end = found.info.start_time, found.info.end_time
         wall = (end - start) / 1000 if start and end else None

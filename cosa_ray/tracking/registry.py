@@ -25,6 +25,7 @@ from cosa_ray.errors import UserError
 from cosa_ray.evaluation.trained import MODEL_FILES, Description, is_model, read_config
 from cosa_ray.tracking.describe import parameters, without_secrets
 from cosa_ray.tracking.pyfunc import DATA, example, signature
+from cosa_ray.tracking.refusal import ask_to_add_version, ask_to_change, refusal, refusals
 from cosa_ray.tracking.store import Store, find_run
 from cosa_ray.tracking.views import NOTE
 
@@ -91,8 +92,11 @@ def register(
     """
     check_names(name, aliases)
     client = store.client()
-    experiment = store.experiment_id(client)
-    run_id = run_id or find_run(client, experiment, run, run_folder)
+    with refusals(store):
+        experiment = store.experiment_id(client)
+        ask_to_change(store, client, experiment)
+        run_id = run_id or find_run(client, experiment, run, run_folder)
+    ask_to_add_version(store, client, name)
     if run_id is None:
         raise UserError(
             f"MLflow at {store.shown} has no run {run} of {run_folder}; a model is registered from its run: set the "
@@ -191,9 +195,13 @@ def _measured(client: MlflowClient, run_id: str, step: int, model_id: str) -> li
 
     run = client.get_run(run_id)
     used = [each.dataset for each in run.inputs.dataset_inputs if any(tag.value == "val" for tag in each.tags)]
-    points = [
-        point for key in run.data.metrics for point in client.get_metric_history(run_id, key) if point.step == step
-    ]
+    points: list[Any] = []
+    for latest in run.to_proto().data.metrics:
+        # A request for each metric is minutes on a busy server: only a later step's hides the one wanted.
+        if latest.step > step:
+            points += [point for point in client.get_metric_history(run_id, latest.key) if point.step == step]
+        elif latest.step == step:
+            points.append(latest)
     metrics = []
     for point in points:
         of = next((each for each in used if point.key.startswith(each.name.rpartition("/")[2])), None)
@@ -218,6 +226,8 @@ def open_registered(uri: str, tracking_uri: str) -> Iterator[Path]:
             with _tracking_uri(tracking_uri):  # the registry is found by it, unless MLFLOW_REGISTRY_URI says another
                 path = Path(download_artifacts(artifact_uri=uri, dst_path=temporary))
         except (MlflowException, OSError) as error:
+            if (refused := refusal(store, error, f"READ on {uri}")) is not None:
+                raise refused from None
             raise UserError(
                 f"no model {uri} in MLflow at {store.shown} ({store.said(error)}); check name and alias."
             ) from (None)

@@ -14,6 +14,7 @@ from cosa_ray.config.credentials import redacted, without_credentials
 from cosa_ray.config.schema import Config
 from cosa_ray.errors import UserError
 from cosa_ray.tracking.describe import RunDescription, describe
+from cosa_ray.tracking.refusal import ask_to_change, refusal
 from cosa_ray.tracking.views import new_experiment_tags, offer_views
 
 if TYPE_CHECKING:
@@ -190,7 +191,9 @@ def check_store(store: Store) -> None:
             raise UserError(f"the folder of the MLflow store {path} cannot be made ({error.strerror})") from None
     try:
         client = store.client()
-        offer_views(client, store.experiment_id(client))
+        experiment = store.experiment_id(client)
+        offer_views(client, experiment)
+        ask_to_change(store, client, experiment)
     except UserError:
         raise
     except Exception as error:
@@ -212,23 +215,25 @@ def _explain(store: Store, path: Path | None, error: Exception) -> None:
         raise UserError(
             f"the MLflow store {path} cannot be opened ({first}); set tracking.uri to another one"
         ) from None
-    status = getattr(error, "get_http_status_code", lambda: 500)()
-    if "API request to endpoint" in message and status in (401, 403):
-        raise UserError(
-            f"the MLflow server {store.shown} refused the request ({first}); check its credentials and allowed hosts"
-        ) from None
+    if (refused := refusal(store, error)) is not None:
+        raise refused from None
     log.warning("MLflow at %s does not answer; the run starts, and its metrics are delivered later", store.shown)
     log.debug("MLflow said: %s", first)
 
 
 def find_run(client: MlflowClient, experiment_id: str, name: str, folder: str | None = None) -> str | None:
-    """Id of the run with this name (and folder), by its tags; the oldest if a lost answer ever made two."""
+    """Id of the run with this name (and folder), by its tags.
+
+    Of two, which a lost answer of a server can make, the one that something was logged to; else the oldest.
+    """
     if "'" in name:
         raise ValueError(f"a run name may not contain quotes: {name!r}")  # MLflow's filter cannot escape one
     runs = client.search_runs(
         [experiment_id], filter_string=f"tags.`{RUN_TAG}` = '{name}'", order_by=["attributes.start_time ASC"]
     )
-    return next((run.info.run_id for run in runs if folder in (None, run.data.tags.get(FOLDER_TAG))), None)
+    mine = [run for run in runs if folder in (None, run.data.tags.get(FOLDER_TAG))]
+    logged = (run for run in mine if run.data.params or run.data.metrics)
+    return next((run.info.run_id for run in [*logged, *mine]), None)
 
 
 def filtered_runs(store: Store, words: str, where: str, *, most: int = 1000, newest_first: bool = False) -> list[Run]:
@@ -249,6 +254,8 @@ def filtered_runs(store: Store, words: str, where: str, *, most: int = 1000, new
         order = [f"attributes.start_time {'DESC' if newest_first else 'ASC'}"]
         return list(client.search_runs([place.experiment_id], words, max_results=most, order_by=order))
     except MlflowException as error:
+        if (refused := refusal(store, error)) is not None:
+            raise refused from None
         raise UserError(f"{where}: MLflow does not answer this filter ({store.said(error)}); mend it.") from None
 
 
@@ -263,7 +270,10 @@ def find_run_id(tracking: Tracking) -> str | None:
 
 
 def folder_of_run(run_id: str, config: Config | None = None) -> str | None:
-    """The folder of the run with this MLflow id; None when the store has no such run."""
+    """The folder of the run with this MLflow id; None when the store has no such run.
+
+    Raises UserError when a server refuses this client.
+    """
     uri = tracking_uri(config or Config())
     path = sqlite_path(uri)
     if path is not None and not path.exists():
@@ -272,6 +282,9 @@ def folder_of_run(run_id: str, config: Config | None = None) -> str | None:
     try:
         tags: dict[str, str] = store.client().get_run(run_id).data.tags
     except Exception as error:
+        # Asked for a run that is not there, a server with users says "Permission denied".
+        if "Permission denied" not in str(error) and (refused := refusal(store, error)) is not None:
+            raise refused from None
         log.debug("no MLflow run %s: %s", run_id, store.said(error))
         return None
     return tags.get(FOLDER_TAG)

@@ -168,11 +168,6 @@ def command_to_show(shown_uri: str) -> str:
     return "cosa-ray ui" if shown_uri == here else f"cosa-ray ui --uri {shlex.quote(shown_uri)}"
 
 
-def is_server(uri: str) -> bool:
-    """True when the store is an MLflow server already, with pages of its own."""
-    return uri.startswith(("http://", "https://"))
-
-
 def shown(uri: str) -> str:
     """The store for people: a path for a SQLite file, else the URI without credentials."""
     return str(sqlite_path(uri) or without_credentials(uri))

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -32,6 +32,9 @@ from cosa_ray.training.ray_train import needs_ray, ray_cluster
 from cosa_ray.training.room import alive_nodes, cpus_per_worker, without_cpus
 from cosa_ray.training.runs import Run, find_run
 from cosa_ray.training.storage import CheckpointEntry, RunFolder
+
+if TYPE_CHECKING:
+    from cosa_ray.tracking.store import Store
 
 EVALUATIONS = "evaluations"
 _CHUNK = 256  # images of one task at most: a progress bar that moves, and little to do again after a failure
@@ -74,6 +77,10 @@ def evaluate_run(
     """
     found = find_run(run, storage)
     entry, task = _prepare(found, protocol, dataset, split, which, workers)
+    if track and found.record.tracking_uri is not None:
+        from cosa_ray.tracking.refusal import check_access
+
+        check_access(_store(task.config))
     opened = open_dataset(task.dataset)
     target = opened.split(task.split)
     order, _ = evaluation_order(len(target), task.protocol.subset, 0, 1)
@@ -333,10 +340,9 @@ def _keep(
         found.folder.put(Path(temporary), place)
         if track and found.record.tracking_uri is not None:
             from cosa_ray.tracking.evaluations import log_evaluation
-            from cosa_ray.tracking.store import Store, tracking_uri
 
             log_evaluation(
-                Store(tracking_uri(config), config.tracking.experiment),
+                _store(config),
                 found.record.name,
                 found.folder.uri,
                 run_id=found.record.mlflow_run_id,
@@ -346,3 +352,9 @@ def _keep(
                 place=place,
             )
     return report
+
+
+def _store(config: Config) -> Store:
+    from cosa_ray.tracking.store import Store, tracking_uri
+
+    return Store(tracking_uri(config), config.tracking.experiment)
