@@ -47,8 +47,10 @@ class Store:
         return without_credentials(self.uri)
 
     def said(self, error: BaseException) -> str:
-        """The first line of an error that came of using the store, without the credentials its text may repeat."""
-        return redacted((str(error) or type(error).__name__).splitlines()[0], self.uri)
+        """An error that came of using the store, in its first telling line, without the credentials that may be in it."""
+        lines = (str(error) or type(error).__name__).splitlines()
+        # SQLAlchemy's remark on when it was raised comes before what it is.
+        return redacted(next((line for line in lines if not line.startswith("(raised as")), lines[0]), self.uri)
 
     def client(self) -> MlflowClient:
         """A client that gives up soon: whoever calls it retries in its own time."""
@@ -301,5 +303,7 @@ def prepare_mlflow() -> None:
     }.items():
         os.environ.setdefault(key, value)
     # Their news is of no use: tables being made, and every failed connection once more.
-    for noisy in ("alembic", "mlflow.store.db.utils", "urllib3.connectionpool"):
+    for noisy in ("alembic", "urllib3.connectionpool"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
+    # A locked SQLite file with its traceback and 500 points, before the error is raised, and told in a line here.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
