@@ -47,7 +47,7 @@ class Store:
         return without_credentials(self.uri)
 
     def said(self, error: BaseException) -> str:
-        """An error that came of using the store, in its first telling line, without the credentials that may be in it."""
+        """An error that came of using the store, in its first telling line, without the credentials it may hold."""
         lines = (str(error) or type(error).__name__).splitlines()
         # SQLAlchemy's remark on when it was raised comes before what it is.
         return redacted(next((line for line in lines if not line.startswith("(raised as")), lines[0]), self.uri)
