@@ -26,6 +26,7 @@ RUN_TAG = "cosa_ray.run"
 FOLDER_TAG = "cosa_ray.folder"
 DEFAULT_FILE = "mlflow.db"
 _SERVERS = ("http", "https")
+_PAGE = 100  # runs a request
 _DATABASES = ("postgresql", "mysql", "mssql", "sqlite")
 
 
@@ -254,7 +255,16 @@ def filtered_runs(store: Store, words: str, where: str, *, most: int = 1000, new
         if place is None:
             return []
         order = [f"attributes.start_time {'DESC' if newest_first else 'ASC'}"]
-        return list(client.search_runs([place.experiment_id], words, max_results=most, order_by=order))
+        runs: list[Run] = []
+        token = None
+        while True:
+            # In pages: a busy server takes longer over 1,000 runs than the client waits for one answer.
+            size = min(_PAGE, most - len(runs))
+            page = client.search_runs([place.experiment_id], words, max_results=size, order_by=order, page_token=token)
+            runs += page
+            token = page.token
+            if not token or len(runs) >= most:
+                return runs
     except MlflowException as error:
         if (refused := refusal(store, error)) is not None:
             raise refused from None
