@@ -25,17 +25,21 @@ def refusal(store: Store, error: BaseException, wanted: str | None = None) -> Us
     wanted: the permission that is missing, in words; None is to change the store's experiment.
     """
     status = _status(error)
+    if status is None:
+        return None
+    from mlflow.utils.credentials import read_mlflow_creds
+
+    user = read_mlflow_creds().username or urlsplit(store.uri).username  # of the environment, or ~/.mlflow/credentials
     if status == 401:
-        if not (os.environ.get(USER) or os.environ.get(TOKEN) or urlsplit(store.uri).username):
+        if not (user or os.environ.get(TOKEN)):
             return UserError(f"the MLflow server {store.shown} asks who you are; set {USER} and {PASSWORD}")
         return UserError(
             f"the MLflow server {store.shown} does not know this user with this password; check {USER} and {PASSWORD}"
         )
     if status == 403 and "Permission denied" in str(error):
-        who = os.environ.get(USER) or urlsplit(store.uri).username or "this user"
         return UserError(
-            f"the MLflow server {store.shown} does not let {who} do this; ask its administrator for the permission "
-            f"{wanted or f'EDIT on the experiment {store.experiment!r}'}, or use another name"
+            f"the MLflow server {store.shown} does not let {user or 'this user'} do this; ask its administrator for "
+            f"the permission {wanted or f'EDIT on the experiment {store.experiment!r}'}, or use another name"
         )
     if status == 403:
         return UserError(

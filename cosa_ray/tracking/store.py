@@ -26,6 +26,7 @@ RUN_TAG = "cosa_ray.run"
 FOLDER_TAG = "cosa_ray.folder"
 DEFAULT_FILE = "mlflow.db"
 _SERVERS = ("http", "https")
+_PAGE = 100  # runs a request
 _DATABASES = ("postgresql", "mysql", "mssql", "sqlite")
 
 
@@ -47,8 +48,10 @@ class Store:
         return without_credentials(self.uri)
 
     def said(self, error: BaseException) -> str:
-        """The first line of an error that came of using the store, without the credentials its text may repeat."""
-        return redacted((str(error) or type(error).__name__).splitlines()[0], self.uri)
+        """An error that came of using the store, in its first telling line, without the credentials it may hold."""
+        lines = (str(error) or type(error).__name__).splitlines()
+        # SQLAlchemy's remark on when it was raised comes before what it is.
+        return redacted(next((line for line in lines if not line.startswith("(raised as")), lines[0]), self.uri)
 
     def client(self) -> MlflowClient:
         """A client that gives up soon: whoever calls it retries in its own time."""
@@ -252,7 +255,16 @@ def filtered_runs(store: Store, words: str, where: str, *, most: int = 1000, new
         if place is None:
             return []
         order = [f"attributes.start_time {'DESC' if newest_first else 'ASC'}"]
-        return list(client.search_runs([place.experiment_id], words, max_results=most, order_by=order))
+        runs: list[Run] = []
+        token = None
+        while True:
+            # In pages: a busy server takes longer over 1,000 runs than the client waits for one answer.
+            size = min(_PAGE, most - len(runs))
+            page = client.search_runs([place.experiment_id], words, max_results=size, order_by=order, page_token=token)
+            runs += page
+            token = page.token
+            if not token or len(runs) >= most:
+                return runs
     except MlflowException as error:
         if (refused := refusal(store, error)) is not None:
             raise refused from None
@@ -301,5 +313,7 @@ def prepare_mlflow() -> None:
     }.items():
         os.environ.setdefault(key, value)
     # Their news is of no use: tables being made, and every failed connection once more.
-    for noisy in ("alembic", "mlflow.store.db.utils", "urllib3.connectionpool"):
+    for noisy in ("alembic", "urllib3.connectionpool"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
+    # A locked SQLite file with its traceback and 500 points, before the error is raised, and told in a line here.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)

@@ -82,7 +82,7 @@ class Process(AbstractContextManager["Process"]):
 
 
 class Postgres(AbstractContextManager["Postgres"]):
-    """A PostgreSQL of its own on loopback; `durable` waits for the disk as a real one does."""
+    """A PostgreSQL of its own on loopback; `durable` waits for the disk, as only a machine that fails needs."""
 
     def __init__(self, programs: Path, *, durable: bool = False) -> None:
         self._programs, self.port, self.password = programs, free_port(), secrets.token_urlsafe(12)
@@ -98,9 +98,13 @@ class Postgres(AbstractContextManager["Postgres"]):
         self._run(*words, f"--pwfile={secret}")
         secret.unlink()
         words = ["-D", data, "-p", self.port, "-k", self.folder, "-c", "listen_addresses=127.0.0.1"]
-        words += [] if durable else ["-c", "fsync=off", "-c", "synchronous_commit=off", "-c", "full_page_writes=off"]
-        command = [str(programs / "postgres"), *map(str, words)]
-        self.process = Process(command, self.folder / "log", os.environ, cwd=self.folder, **self._as)
+        words += [] if durable else ["-c", "fsync=off", "-c", "full_page_writes=off"]
+        self._command = [str(programs / "postgres"), *map(str, words)]
+        self.start()
+
+    def start(self) -> None:
+        """Start it, after it was killed too: what it has accepted is there again."""
+        self.process = Process(self._command, self.folder / "log", os.environ, cwd=self.folder, **self._as)
         self.process.wait_until(self._answers)
 
     def uri(self, database: str) -> str:

@@ -14,12 +14,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from cosa_ray.cli.main import main
 from cosa_ray.config.load import dump_config
 from cosa_ray.config.schema import Config
 from cosa_ray.errors import UserError
 from cosa_ray.reporting.compare import compare_runs
+from cosa_ray.tracking.store import Store, Tracking
+from cosa_ray.tracking.tracker import Tracker
 from cosa_ray.training.driver import train
 from cosa_ray.training.evaluating import evaluate_run
 from cosa_ray.training.session import Progress
@@ -152,6 +155,7 @@ def test_a_refusal_is_one_sentence_before_anything_is_written(
     assert state() == before
 
 
+@pytest.mark.slow
 def test_another_user_goes_on_with_a_run_once_permitted(
     team: TeamServer, tiny_dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,6 +179,7 @@ def test_another_user_goes_on_with_a_run_once_permitted(
     assert [step for step, _ in team.points(run_id, "train/loss")] == list(range(1, 21))
 
 
+@pytest.mark.slow
 def test_a_model_is_registered_and_used_by_the_team(
     team: TeamServer, project: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -295,9 +300,9 @@ def check(team: TeamServer, folder: Path, experiment: str, count: int, steps: in
 
 @pytest.mark.timeout(600)
 def test_sixteen_runs_write_at_once(team: TeamServer, as_ada: TeamServer, tmp_path: Path) -> None:
-    process = writers(team, tmp_path, "sixteen", 16, 100, 0.02)
+    process = writers(team, tmp_path, "sixteen", 16, 50, 0.02)
     assert finished(process, 300)
-    check(team, tmp_path, "sixteen", 16, 100)
+    check(team, tmp_path, "sixteen", 16, 50)
 
 
 @pytest.mark.slow
@@ -319,6 +324,40 @@ def test_sixteen_runs_survive_a_server_that_is_killed(team: TeamServer, as_ada: 
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     check(team, tmp_path, "outage", 16, steps)
+
+
+@pytest.mark.slow
+def test_a_run_survives_its_postgres_and_its_bucket(team: TeamServer, as_ada: TeamServer, tmp_path: Path) -> None:
+    """PostgreSQL is killed and started again; then the bucket hangs, which does not hold up the metrics."""
+    folder, last = tmp_path / "below", 0
+    tracker = Tracker(Tracking(Store(team.url, "below"), "below", str(folder), str(folder / "spool")))
+
+    def log(steps: int) -> None:
+        nonlocal last
+        for _ in range(steps):
+            last += 1
+            tracker.log({"a": last / 3}, last)
+            time.sleep(0.01)
+
+    log(100)
+    assert tracker.flush(60)
+    team.postgres.process.kill()
+    log(100)
+    wait_for(lambda: any(folder.glob("spool/*")))
+    team.postgres.start()
+    log(50)
+    team.s3.popen.send_signal(signal.SIGSTOP)
+    try:
+        tracker.log_image("panel", Image.new("RGB", (8, 8)), last)
+        log(50)
+        (run_id,) = team.run_ids("below")
+        wait_for(lambda: len(team.points(run_id, "a")) == last)
+    finally:
+        team.s3.popen.send_signal(signal.SIGCONT)
+    tracker.finish("FINISHED", 120)
+    assert team.points(run_id, "a") == [(step, pytest.approx(step / 3)) for step in range(1, last + 1)]
+    assert len(team.objects(run_id)) == 2
+    assert not list(folder.glob("spool/*"))
 
 
 def written(team: TeamServer, experiment: str) -> int:

@@ -25,7 +25,8 @@ def cluster(team: TeamServer, request: pytest.FixtureRequest) -> Iterator[TeamSe
 
 def test_a_sweep_and_its_promotion(cluster: TeamServer, tiny: Make) -> None:
     team = cluster
-    base = tiny(tracking__uri=team.url, tracking__experiment="sweeps", training__steps=12, evaluation__every=6)
+    short = {"training__steps": 12, "training__warmup_iters": 4, "evaluation__every": 6}
+    base = tiny(tracking__uri=team.url, tracking__experiment="sweeps", **short)
     sweep = Sweep.model_validate(
         {"base": "tiny", "space": {"losses.cam_to_seg": {"uniform": [0.1, 0.2]}}, "search": "random", "trials": 2}
     )

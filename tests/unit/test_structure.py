@@ -136,6 +136,7 @@ def test_every_package_imported_is_declared() -> None:
         "sklearn": "scikit_learn",
         "pydensecrf": "pydensecrf2",
         "xdist": "pytest_xdist",
+        "psycopg2": "psycopg2_binary",
     }
     for folder, declared in (
         ("cosa_ray", names(project["dependencies"] + extras)),

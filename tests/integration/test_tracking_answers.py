@@ -1,4 +1,4 @@
-"""A server that makes a run and whose answer is lost: one of the two runs has everything, and is found again."""
+"""Answers of MLflow that are lost on the way, and that come in pages."""
 
 from __future__ import annotations
 
@@ -44,3 +44,22 @@ def test_a_run_made_twice_is_gone_on_with_where_its_points_are(tmp_path: Path, m
     assert [(point.step, point.value) for point in client.get_metric_history(used, "a")] == [(1, 1.0), (2, 3.0)]
     assert client.get_metric_history(made.info.run_id, "a") == []
     assert len(client.search_runs([experiment])) == 2
+
+
+def test_a_filter_finds_more_runs_than_fit_into_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each once, by their start, and no more than asked for."""
+    from cosa_ray.tracking import store as module
+
+    monkeypatch.setattr(module, "_PAGE", 3)
+    store = Store(f"sqlite:///{tmp_path}/mlflow.db", "tests")
+    client = store.client()
+    experiment = store.experiment_id(client)
+    for number in range(8):
+        client.create_run(experiment, start_time=number + 1, run_name=f"r{number}", tags={"even": str(number % 2 == 0)})
+
+    def names(words: str, **more: int) -> list[str | None]:
+        return [run.info.run_name for run in module.filtered_runs(store, words, "here", **more)]
+
+    assert names("") == [f"r{number}" for number in range(8)]
+    assert names("", most=4) == ["r0", "r1", "r2", "r3"]
+    assert names("tags.even = 'True'") == ["r0", "r2", "r4", "r6"]
