@@ -209,9 +209,11 @@ def sentence_of(run: str) -> str:
 def start_monitor(slots: int | None = None) -> Any:
     """Start the monitor actor of this driver; it ends with the driver, or when the handle is dropped."""
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    # Zero CPUs, so that it never takes a worker's place; beside the driver, which it serves.
-    return ray.remote(num_cpus=0, max_concurrency=4)(Monitor).remote(slots)
+    # Zero CPUs, so that it never takes a worker's place; on the driver's machine, which other machines outlive or not.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, max_concurrency=4, scheduling_strategy=here)(Monitor).remote(slots)
 
 
 def end_monitor(monitor: Any) -> None:

@@ -163,7 +163,7 @@ class TeamServer(AbstractContextManager["TeamServer"]):
             self.endpoint = f"http://127.0.0.1:{port}"
             command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
             self.s3 = stack.enter_context(Process(command, folder / "s3.log", os.environ | KEYS))
-            self.s3.wait_until(lambda: _answers(self.endpoint))
+            self.s3.wait_until(lambda: answers(self.endpoint))
             self.bucket().create()
             settings = {"default_permission": "READ", "database_uri": self.postgres.uri("auth")}
             settings |= {"admin_username": self.admin, "auth_cache_ttl_seconds": str(remember)}
@@ -194,7 +194,7 @@ class TeamServer(AbstractContextManager["TeamServer"]):
         command += ["--artifacts-destination", f"s3://{BUCKET}/artifacts", "--workers", str(self._workers)]
         command += ["--host", "127.0.0.1", "--port", str(self.port)]
         self._server = Process(command, self.folder / "mlflow.log", environment, cwd=self.folder)
-        self._server.wait_until(lambda: _answers(f"{self.url}/health"))
+        self._server.wait_until(lambda: answers(f"{self.url}/health"))
 
     def kill(self) -> None:
         """Kill MLflow's server with all its processes, as kill -9 does."""
@@ -282,7 +282,7 @@ def _unprivileged(folder: Path) -> dict[str, Any]:
     return {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
 
 
-def _answers(url: str) -> bool:
+def answers(url: str) -> bool:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(url, timeout=2):
