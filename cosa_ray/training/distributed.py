@@ -117,11 +117,12 @@ def torch_settings(config: Config, cpus: float | None, device: torch.device) -> 
 
 
 class Agreed(NamedTuple):
-    """What holds for all workers after a step: the terms that were not finite, and whether one wishes to stop."""
+    """What holds for all workers after a step: terms that were not finite, a wish to stop, a machine about to go."""
 
     step: int
     bad: list[str]
     stop: bool
+    leaving: bool
 
 
 class StepStatus:
@@ -135,12 +136,13 @@ class StepStatus:
         self._workers = workers
         self._pending: tuple[int, list[str], Tensor, torch.cuda.Event | None] | None = None
 
-    def share(self, step: int, values: Mapping[str, Tensor], stop: bool) -> Tensor:
+    def share(self, step: int, values: Mapping[str, Tensor], stop: bool, leaving: bool = False) -> Tensor:
         """Sum this step's flags over the workers; 1.0 where every named value of every worker is finite, else 0.0."""
         flags = torch.stack([(~torch.isfinite(value)).any() for value in values.values()]).float()
-        wish = torch.full((1,), float(stop), device=flags.device)
-        total = self._workers.sum(torch.cat([flags, wish]))
-        finite = (total[:-1].sum() == 0).float()
+        # Filled on the device: a copy of what lies here would wait for it.
+        wishes = [torch.full((1,), float(wish), device=flags.device) for wish in (stop, leaving)]
+        total = self._workers.sum(torch.cat([flags, *wishes]))
+        finite = (total[:-2].sum() == 0).float()
         event = None
         host = total
         if total.device.type == "cuda":
@@ -160,5 +162,5 @@ class StepStatus:
             event.synchronize()
         counts = host.tolist()
         self._pending = None
-        bad = [name for name, count in zip(names, counts[:-1], strict=True) if count]
-        return Agreed(step, bad, counts[-1] > 0)
+        bad = [name for name, count in zip(names, counts[:-2], strict=True) if count]
+        return Agreed(step, bad, counts[-2] > 0, counts[-1] > 0)

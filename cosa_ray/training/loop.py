@@ -134,7 +134,7 @@ class _Run:
                 flags = [self._step(batch)]
                 milestone = state.step % config.evaluation.every == 0 or state.step == total
                 keep = milestone or state.step % config.checkpoint.every == 0
-                if keep or (flags[0] is not None and flags[0].stop):
+                if keep or (flags[0] is not None and (flags[0].stop or flags[0].leaving)):
                     # The step just taken has flags of its own: a checkpoint must not hold what nobody has read.
                     flags.append(self.status.read())
                 agreed = [each for each in flags if each is not None]
@@ -142,6 +142,7 @@ class _Run:
                     if each.bad:
                         return Outcome("diverged", state.step, f"{', '.join(each.bad)} not finite at step {each.step}")
                 stop = any(each.stop for each in agreed)
+                keep = keep or any(each.leaving for each in agreed)
                 self._show()
                 if milestone:
                     self._evaluate()
@@ -208,7 +209,8 @@ class _Run:
                     parameter.grad = torch.zeros_like(parameter)
         agreed = self.status.read()
         norm = state.gradient_norm()
-        finite = self.status.share(step + 1, output.losses | {"gradient": norm}, self.session.stop_wished())
+        named = output.losses | {"gradient": norm}
+        finite = self.status.share(step + 1, named, self.session.stop_wished(), self.session.leaving())
         state.optimise(finite, norm)
         if output.proposal is not None:
             state.thresholds.commit(output.proposal, finite)

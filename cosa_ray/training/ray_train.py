@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from cosa_ray.config.schema import Config
+from cosa_ray.config.schema import Config, Elastic
 from cosa_ray.errors import RunFailed, UserError
 from cosa_ray.training.loop import Job, Outcome, run_worker
 from cosa_ray.training.room import alive_nodes, cpus_per_worker, to_come
@@ -32,6 +32,7 @@ RAY_TRAIN_SETTINGS = {
 # On a cluster of one machine, which nobody takes away: one process less a run.
 LOCAL_SETTINGS = {**RAY_TRAIN_SETTINGS, "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 
+_GIVEN = frozenset(os.environ)  # settings of the user are left alone
 _CONNECT_SECONDS = 10.0
 # Of five minutes each, without room for the workers of a run: a day for machines to come back.
 _START_ATTEMPTS = 288
@@ -114,8 +115,7 @@ def fit(job: Job, monitor: Any, callbacks: Sequence[Any] = ()) -> Outcome:
     from cosa_ray.training.failures import GiveUp
 
     config = job.config
-    os.environ.update({key: os.environ.get(key, value) for key, value in RAY_TRAIN_SETTINGS.items()})
-    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", f"{min(600.0, config.resources.hang_seconds):g}")
+    os.environ.update({key: value for key, value in _settings(config).items() if key not in _GIVEN})
     alive = alive_nodes()
     job = replace(job, cpus_per_worker=cpus_per_worker(config, alive, to_come(alive)))
     storage, _, name = job.folder.rpartition("/")
@@ -151,6 +151,16 @@ def fit(job: Job, monitor: Any, callbacks: Sequence[Any] = ()) -> Outcome:
         run = read_run(job.folder)
         return Outcome("failed", run.step if run else 0, cause)
     return outcome
+
+
+def _settings(config: Config) -> dict[str, str]:
+    """Settings of Ray Train for a run."""
+    settings = dict(RAY_TRAIN_SETTINGS)
+    settings["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = f"{min(600.0, config.resources.hang_seconds):g}"
+    if isinstance(config.workers, Elastic):
+        # Room is waited for before; what has none after that was counted on a machine that had just gone.
+        settings["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "30"
+    return settings
 
 
 def _number_of_workers(config: Config) -> dict[str, Any]:

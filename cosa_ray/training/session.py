@@ -54,6 +54,9 @@ class Session(Protocol):
     def stop_wished(self) -> bool:
         """True when somebody asked the run to stop."""
 
+    def leaving(self) -> bool:
+        """True once when a machine of the run is told to go, while there is time for a checkpoint."""
+
     def alive(self) -> None:
         """There was progress: a step, or a batch of an evaluation."""
 
@@ -77,6 +80,9 @@ class LocalSession:
     def stop_wished(self) -> bool:
         return self._stop.is_set()
 
+    def leaving(self) -> bool:
+        return False
+
     def alive(self) -> None:
         pass
 
@@ -90,6 +96,7 @@ class RaySession:
     def __init__(self, monitor: Any, run: str, rank: int, hang_seconds: float) -> None:
         self._monitor = monitor
         self._watchdog = Watchdog(hang_seconds)
+        self._going: set[str] = set()
         self._run = run
         self._wish = threading.Event()
         self._closed = threading.Event()
@@ -108,6 +115,12 @@ class RaySession:
 
     def stop_wished(self) -> bool:
         return self._wish.is_set()
+
+    def leaving(self) -> bool:
+        going = _machines_going()
+        new = going - self._going
+        self._going |= going
+        return bool(new)
 
     def alive(self) -> None:
         self._watchdog.alive()
@@ -132,6 +145,17 @@ class RaySession:
             except RayError:
                 # The driver and its monitor are gone; the run itself is Ray's to end.
                 return
+
+
+def _machines_going() -> set[str]:
+    """Nodes of this run's workers that Ray is draining, as its watcher has told this worker.
+
+    Ray's own `get_preemption_info` asks all workers to meet; the loop has them meet each step anyway.
+    """
+    from ray.train.v2._internal.execution.context import get_train_context
+
+    info = get_train_context().preemption_context.preemption_info
+    return set() if info is None else set(info.preempted_node_ids)
 
 
 class Monitor:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.integration.team_server import Process
 
 
 class Machines:
@@ -28,6 +33,17 @@ class Machines:
         node = self.cluster.add_node(num_cpus=cpus)
         self.cluster.wait_for_nodes()
         return node
+
+    def start(self, cpus: float, log: Path) -> Process:
+        """A machine more, as an operator starts one: `ray start --block`, which SIGTERM tells to go in a while."""
+        import ray
+
+        before = sum(node["Alive"] for node in ray.nodes())
+        command = [str(Path(sys.executable).parent / "ray"), "start", f"--address={self.cluster.address}"]
+        command += [f"--num-cpus={cpus}", "--block", "--disable-usage-stats"]
+        process = Process(command, log, os.environ)
+        process.wait_until(lambda: sum(node["Alive"] for node in ray.nodes()) > before)
+        return process
 
     def kill(self, node: Any) -> None:
         """Take a machine away at once, as kill -9 of its raylet does."""

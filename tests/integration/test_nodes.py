@@ -162,6 +162,44 @@ def test_a_machine_is_taken_away_and_another_comes(
     assert [step for step, _ in curve(config, result, "val/miou")] == [24, 48]
 
 
+def test_a_machine_that_is_told_to_go_leaves_a_checkpoint(
+    cluster: Machines, server: str, tiny: Make, tmp_path: Path
+) -> None:
+    """SIGTERM with a grace period, as spot machines get it: the notice is answered by a checkpoint of that moment."""
+    long: dict[str, Any] = {"training__steps": 600, "checkpoint__every": 1000, "evaluation__every": 600}
+    config = tiny(workers=2, resources__cpus_per_worker=1.9, tracking__uri=server, **long)
+    machine = cluster.start(2, tmp_path / "machine.log")
+    noticed: list[int] = []
+    back: list[Any] = []
+
+    def go() -> None:
+        machine.popen.send_signal(signal.SIGTERM)
+        while (run := read_run(f"{config.storage}/told")) is None or not run.step:
+            time.sleep(0.05)
+        noticed.append(run.step)
+        assert machine.popen.poll() is None, "the checkpoint is there before the machine has gone"
+        machine.popen.wait(60)
+        back.append(cluster.add(2))
+
+    told = threading.Event()
+
+    def show(progress: Progress) -> None:
+        if progress.step >= 20 and not told.is_set():
+            told.set()
+            threading.Thread(target=go, daemon=True).start()
+
+    try:
+        result = train(config, name="told", show=show)
+    finally:
+        machine.kill()
+        for each in back:
+            cluster.kill(each)
+    assert noticed
+    assert 20 <= noticed[0] < 600
+    assert result.state == "finished"
+    assert [step for step, _ in curve(config, result)] == list(range(1, 601)), "every step once"
+
+
 def test_workers_follow_the_machines(
     cluster: Machines, server: str, tiny: Make, alone: list[tuple[int, float]]
 ) -> None:
