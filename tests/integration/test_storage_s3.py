@@ -57,8 +57,6 @@ def curve(config: Config, result: RunResult) -> list[tuple[int, float]]:
 
 
 def test_a_run_in_a_bucket(s3: Process, tiny: Make, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    s3: Process, tiny: Make, tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
     """Stopped, continued while the store hangs for a while, evaluated, and used; as a run in a folder."""
     here = tiny()
     expected = curve(here, train(here, name="here", local=True))

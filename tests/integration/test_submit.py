@@ -143,6 +143,16 @@ def test_a_job_trains_and_its_results_outlive_it(head: Head, project: Path) -> N
     tags = MlflowClient(tracking_uri=f"sqlite:///{project}/mlflow.db").get_run(record["mlflow_run_id"]).data.tags
     assert {key: tags.get(key) for key in git_state()[0]} == git_state()[0]
 
+    at = ["--address", head.address]
+    listed = json.loads(cosa_ray(head, project, "jobs", "list", "--json", *at).stdout)["jobs"]
+    assert [each["id"] for each in listed if each["name"] == "from-job"] == [job["job"]]
+    said = cosa_ray(head, project, "jobs", "status", job["job"], *at).stdout
+    assert said.startswith(f"job {job['job']} (train x.yaml as from-job): succeeded, exit code 0")
+    assert "step 12/12" in cosa_ray(head, project, "jobs", "logs", job["job"], *at).stdout
+    wrong = cosa_ray(head, project, "jobs", "stop", job["job"][:-1], *at)
+    assert wrong.returncode == 2
+    assert f"did you mean {job['job']}?" in wrong.stderr
+
 
 def test_a_failing_job_returns_its_exit_code(head: Head, project: Path) -> None:
     """Right here, wrong there: only the job can find that the dataset is missing. 2 is the user's mistake."""
@@ -222,6 +232,7 @@ def relay(head: Head) -> Iterator[Relay]:
     made.cut()
 
 
+@pytest.mark.slow
 def test_a_job_is_watched_stopped_and_continued(head: Head, project: Path, relay: Relay) -> None:
     """Detached, listed, followed over a connection that breaks, left by Ctrl-C, stopped, and sent again."""
     (project / "cluster").mkdir()
