@@ -17,10 +17,10 @@ demo: install
 	$(BIN)/cosa-ray demo
 
 test: install
-	$(BIN)/pytest -m "not slow" $(SPREAD) --durations=15
+	$(BIN)/pytest -m "not slow and not soak" $(SPREAD) --durations=15
 
 test-full: install
-	$(BIN)/pytest $(SPREAD)
+	$(BIN)/pytest -m "not soak" $(SPREAD)
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Two hosts with nothing in common but a cable: network namespaces, each with its own addresses, and a shared folder."""
+"""Two hosts with a cable between them and a shared folder: network namespaces, each with addresses of its own."""
 
 from __future__ import annotations
 
