@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import tiny_config
 from PIL import Image
 
 from cosa_ray.config.load import apply_overrides
@@ -21,6 +20,7 @@ from cosa_ray.tracking.tracker import open_tracker
 from cosa_ray.tracking.ui import Pages
 from cosa_ray.tracking.views import sweep_view
 from cosa_ray.training.models import register_run
+from tests.conftest import tiny_config
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
