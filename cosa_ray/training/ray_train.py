@@ -96,7 +96,7 @@ def not_attached(message: str) -> str:
     told = re.findall(r"^ *(Ray|Python): (\S+)", message, re.MULTILINE)
     if "Version mismatch" in message and len(told) == 4:
         there, here = (" and ".join(" ".join(words) for words in pair) for pair in (told[:2], told[2:]))
-        return f"the cluster runs {there}, and this side {here}; use the same Ray and Python minor version on both."
+        return f"the cluster runs {there}, and this side {here}; use the same versions on both."
     return f"Ray did not attach ({' '.join(message.split())[:200]})."
 
 
