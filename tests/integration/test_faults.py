@@ -28,8 +28,10 @@ from cosa_ray.config.schema import Config
 from cosa_ray.errors import RunFailed, UserError
 from cosa_ray.training import driver, storage
 from cosa_ray.training.driver import RunResult, train
+from cosa_ray.training.lease import hold, token_in
 from cosa_ray.training.runs import read_run
 from cosa_ray.training.session import LocalSession
+from cosa_ray.training.storage import RunFolder
 from tests.conftest import history, tiny_config
 from tests.integration.team_server import Process, answers, free_port
 
@@ -365,3 +367,14 @@ def test_a_second_run_of_the_name_leaves_the_first_alone(
     assert said[0][1] == 2
     assert f"is being worked on by process {os.getpid()}" in said[0][0]
     assert curve(config, result) == undisturbed
+
+
+def test_a_sweep_whose_driver_lives_is_refused(tiny: Make, tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text(dump_config(tiny()))
+    (tmp_path / "s.yaml").write_text("base: x.yaml\nspace: {losses.cam_to_seg: {uniform: [0.1, 0.2]}}\ntrials: 2\n")
+    with hold(RunFolder(str(Path(tiny().storage) / "swept")), "sweep swept") as lease:
+        process = cosa_ray(tmp_path, "tune", "s.yaml", "--name", "swept", "--no-track")
+        _, said = process.communicate(timeout=120)
+        assert token_in(RunFolder(str(Path(tiny().storage) / "swept"))) == lease.token
+    assert process.returncode == 2
+    assert f"is being worked on by process {os.getpid()}" in said

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
+from cosa_ray.config.load import dump_config
 from cosa_ray.config.schema import Config
 from cosa_ray.errors import RunFailed
 from cosa_ray.training.driver import RunResult, train
@@ -131,3 +134,20 @@ def test_failures_without_progress_end_a_run_and_others_do_not(ray_cluster: str,
     finally:
         done.set()
         killer.join()
+
+
+def test_a_killed_driver(ray_cluster: str, tiny: Make, tmp_path: Path) -> None:
+    """kill -9 of the driver of a cluster's run; continued at once, while its workers may still be there."""
+    config = tiny(workers=2, **SETTINGS)
+    (tmp_path / "x.yaml").write_text(dump_config(config))
+    words = [sys.executable, "-m", "cosa_ray.cli.main", "train", "x.yaml", "--name", "orphan"]
+    driver = subprocess.Popen(words, cwd=tmp_path, env={**os.environ, "RAY_ADDRESS": ray_cluster})
+    at_step(config, "orphan", 12, driver.kill).join(300)
+    assert driver.wait(10) == -signal.SIGKILL
+    orphans = workers()
+    result = train(config, name="orphan", resume=True)
+    assert result.state == "finished"
+    _, alive = psutil.wait_procs(orphans, timeout=30)
+    assert not alive, "nobody has to end them by hand"
+    alone = tiny(workers=2, **SETTINGS)
+    assert curve(config, result) == curve(alone, train(alone, name="undisturbed"))
