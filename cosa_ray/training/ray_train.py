@@ -111,17 +111,20 @@ def fit(job: Job, monitor: Any, callbacks: Sequence[Any] = ()) -> Outcome:
     """Run a job's workers under Ray Train and wait; also what a Tune trial calls. Never raises for a failed run."""
     import ray
     import ray.train
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
-    from cosa_ray.training.failures import GiveUp
+    from cosa_ray.training.failures import GiveUp, count_failure, failures_of
 
     config = job.config
     os.environ.update({key: value for key, value in _settings(config).items() if key not in _GIVEN})
     alive = alive_nodes()
     job = replace(job, cpus_per_worker=cpus_per_worker(config, alive, to_come(alive)))
     storage, _, name = job.folder.rpartition("/")
+    limit = config.resources.max_failures
     # Neither the job nor its outcome passes through the controller as an object of ours: it would import all of torch
     # and of this project to read it, for seconds and half a gigabyte.
-    trainer = _trainer(config)(
+    trainer = partial(
+        _trainer(config),
         partial(_work, job, monitor),
         scaling_config=ray.train.ScalingConfig(
             **_number_of_workers(config),
@@ -131,22 +134,31 @@ def fit(job: Job, monitor: Any, callbacks: Sequence[Any] = ()) -> Outcome:
         run_config=ray.train.RunConfig(
             name=name,
             storage_path=storage,
-            callbacks=[*callbacks, GiveUp(job.name, job.folder, config.resources.max_failures, monitor)],
+            callbacks=[*callbacks, GiveUp(job.name, job.folder, limit, monitor)],
             failure_config=ray.train.FailureConfig(
                 max_failures=-1, max_preemption_failures=-1, controller_failure_limit=_START_ATTEMPTS
             ),
         ),
     )
     outcome: Outcome | None = None
+    mistake: str | None = None
     cause = "the workers returned nothing"
-    try:
-        if (returned := trainer.fit().return_value) is not None:
+    while outcome is None and mistake is None:
+        try:
+            if (returned := trainer().fit().return_value) is None:
+                break
             outcome = Outcome(**returned)
-    except ray.train.TrainingFailedError as error:
-        cause = _cause(error)
-    if mistake := ray.get(monitor.kept.remote(sentence_of(job.name))):
+        except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
+            # Ray starts workers again that fail while they work, but not those that fail while they start, nor itself.
+            cause = _cause(error)
+            if isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError):
+                break
+            count_failure(job.name, job.folder, limit, monitor, cause)
+        mistake = ray.get(monitor.kept.remote(sentence_of(job.name)))
+    if mistake is not None:
         cause = mistake
-        ray.get(monitor.keep.remote(sentence_of(job.name), None))  # the run may be continued
+    for key in (sentence_of(job.name), failures_of(job.name)):
+        ray.get(monitor.keep.remote(key, None))  # the run may be continued
     if outcome is None or outcome.state == "failed":
         run = read_run(job.folder)
         return Outcome("failed", run.step if run else 0, cause)
