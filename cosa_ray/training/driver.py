@@ -76,7 +76,7 @@ def train(
     elif run.record.state == "finished":
         log.warning("run %s is finished already; nothing to do", name)
         if track:
-            _deliver_rest(run, config)
+            run = _deliver_rest(run, config)
         return summary(run, Outcome("finished", run.step))
     preflight(config, initialise=not resume and config.init_from is None)
     show = show or (lambda progress: log.info("%s", progress.line()))
@@ -249,9 +249,9 @@ def catch_stop() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def _deliver_rest(run: Run, config: Config) -> None:
+def _deliver_rest(run: Run, config: Config) -> Run:
     """Deliver what a finished run left on its spool, if its server takes it now; never fails."""
-    from cosa_ray.tracking.store import open_store
+    from cosa_ray.tracking.store import find_run_id, open_store
     from cosa_ray.tracking.tracker import deliver
 
     try:
@@ -261,8 +261,11 @@ def _deliver_rest(run: Run, config: Config) -> None:
                 config, run_name=record.name, folder=run.folder.uri, parent_run_id=record.parent_run_id
             )
             deliver(tracking, timeout=DELIVERY_SECONDS)
+            if run.record.mlflow_run_id is None:  # the server was away when the run ended
+                run = run.update(mlflow_run_id=find_run_id(tracking))
     except Exception as error:
         log.warning("what run %s left on its spool is not delivered yet: %s", run.record.name, error)
+    return run
 
 
 def _fit_and_show(job: Job, stop: threading.Event, show: Callable[[Progress], None]) -> Outcome:
