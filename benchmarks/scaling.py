@@ -26,7 +26,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from scaling_model import Constants, Scenario, cache_seconds, simulate_server, simulate_sweep, step_parts
+from scaling_model import Constants, Scenario, cache_seconds, simulate_sweep, step_parts, validate
 
 SOURCES = {
     "train_image_s": "the authors' published VOC log: 0.92 s a step of 2 images a GPU (RTX 3090), evaluation included",
@@ -364,24 +364,6 @@ def simulate(known: Constants, given: argparse.Namespace) -> dict[str, Any]:
             )
     console.print(table)
     return {"constants": asdict(known), "sources": SOURCES, "run": steps, "sweeps": sweeps}
-
-
-def validate(known: Constants) -> dict[str, Any]:
-    """What was measured before (README, docs/tracking.md) beside what the simulation says of it."""
-    found: dict[str, Any] = {}
-    for runs, measured in ((1, 1_031), (4, 2_104), (16, 1_960)):
-        said = simulate_server(known, runs, 3_000, 500, 2)["points_a_second"]
-        found[f"MLflow, {runs} runs, points a second"] = {"measured": measured, "simulated": said}
-    # Two trials share two cores: Tune with a trainer that does nothing took 18.0 s each, so 36 s a trial's own time.
-    tiny = replace(known, startup_s=36.0, state_bytes=0.5e6, train_image_s=0.01, eval_image_s=0.02, decode_image_s=0.0)
-    # The driver had two cores with them, and MLflow was a SQLite file: one request at a time.
-    here = Scenario(gpus=2, gpus_a_node=2, steps=8, eval_every=8, eval_images=11, checkpoint_every=8, log_every=1)
-    out = simulate_sweep(tiny, replace(here, trials=100, mlflow_workers=1, suggests=False))
-    found["sweep of 100 trials, seconds a trial"] = {"measured": 20.1, "simulated": 3600 * out.hours / 100}
-    for name, each in found.items():
-        off = each["simulated"] / each["measured"] - 1
-        print(f"{name}: measured {each['measured']:,}, simulated {each['simulated']:,.1f} ({100 * off:+.0f} %)")
-    return found
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 CHECKPOINTS_AT_ONCE = 3  # of a running trial: the last, the best, and the one that is being written
 
@@ -366,3 +366,21 @@ def simulate_server(known: Constants, runs: int, points: int, batch: int, worker
         mlflow.ask(known.mlflow_open_s, lambda: send(points))
     clock.run()
     return {"points_a_second": runs * points / clock.now, "batch_median_s": sorted(took)[len(took) // 2]}
+
+
+def validate(known: Constants) -> dict[str, dict[str, float]]:
+    """What was measured before (README, docs/tracking.md) beside what the simulation says of it."""
+    found: dict[str, dict[str, float]] = {}
+    for runs, measured in ((1, 1_031), (4, 2_104), (16, 1_960)):
+        said = simulate_server(known, runs, 3_000, 500, 2)["points_a_second"]
+        found[f"MLflow, {runs} runs, points a second"] = {"measured": measured, "simulated": said}
+    # Two trials share two cores: Tune with a trainer that does nothing took 18.0 s each, so 36 s a trial's own time.
+    tiny = replace(known, startup_s=36.0, state_bytes=0.5e6, train_image_s=0.01, eval_image_s=0.02, decode_image_s=0.0)
+    # The driver had two cores with them, and MLflow was a SQLite file: one request at a time.
+    here = Scenario(gpus=2, gpus_a_node=2, steps=8, eval_every=8, eval_images=11, checkpoint_every=8, log_every=1)
+    out = simulate_sweep(tiny, replace(here, trials=100, mlflow_workers=1, suggests=False))
+    found["sweep of 100 trials, seconds a trial"] = {"measured": 20.1, "simulated": 3600 * out.hours / 100}
+    for name, each in found.items():
+        off = each["simulated"] / each["measured"] - 1
+        print(f"{name}: measured {each['measured']:,}, simulated {each['simulated']:,.1f} ({100 * off:+.0f} %)")
+    return found

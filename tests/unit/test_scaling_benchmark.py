@@ -30,7 +30,7 @@ NOTHING = Constants(**{each.name: 0.0 for each in fields(Constants)} | {"seriali
 
 @pytest.mark.parametrize("load", [0.3, 0.7])
 def test_the_wait_before_one_server_is_that_of_m_d_1(load: float) -> None:
-    """Pollaczek and Khinchine: with arrivals at random and a fixed service s, the mean wait is s load / 2 (1 - load)."""
+    """Pollaczek and Khinchine: arrivals at random, a fixed service s: the mean wait is s load / 2 (1 - load)."""
     clock = Clock()
     station, service = Station(clock), 2.0
     for at in np.cumsum(np.random.default_rng(0).exponential(service / load, 60_000)):
@@ -54,7 +54,7 @@ def test_customers_at_once_wait_their_turn() -> None:
 
 
 def test_a_link_is_shared_evenly_and_nothing_is_lost() -> None:
-    """100 and 300 bytes at 10 a second, the second 5 s later: 50 alone, then 5 each a second until the first is done."""
+    """100 bytes at 10 a second, and 300 that come 5 s later: 50 alone, then 5 each a second until the first is done."""
     clock = Clock()
     link = Link(clock, 10.0)
     ended: dict[str, float] = {}
