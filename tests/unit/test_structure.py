@@ -128,7 +128,8 @@ def test_every_package_imported_is_declared() -> None:
     def names(requirements: list[str]) -> set[str]:
         return {re.split(r"[\[<>=~! ;]", requirement)[0].lower().replace("-", "_") for requirement in requirements}
 
-    inside = {*sys.stdlib_module_names, "cosa_ray", "tests", *(file.stem for file in (ROOT / "tests").rglob("*.py"))}
+    inside = {*sys.stdlib_module_names, "cosa_ray", "tests"}
+    inside |= {file.stem for folder in ("tests", "benchmarks") for file in (ROOT / folder).rglob("*.py")}
     known = {
         "yaml": "pyyaml",
         "PIL": "pillow",

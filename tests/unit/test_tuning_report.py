@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from cosa_ray.tuning import figures
+from cosa_ray.tuning import importance as importance_module
 from cosa_ray.tuning.importance import FEWEST, importance, study_of
 from cosa_ray.tuning.journal import Entry, Report
 from cosa_ray.tuning.parent import Parent
@@ -235,6 +236,28 @@ def scored(count: int, space: dict, score) -> list[Entry]:
     generator = np.random.default_rng(1)
     points = [sample(space, lambda _, dimension: dimension.draw(generator)) for _ in range(count)]
     return [entry(number, values, float(score(values))) for number, values in enumerate(points)]
+
+
+def test_importance_of_many_configurations_is_that_of_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    from optuna import Study
+    from optuna.importance import FanovaImportanceEvaluator
+
+    space = space_of({"losses.cam_to_seg": {"uniform": [0, 1]}, "losses.contrastive": {"uniform": [0, 1]}})
+    entries = scored(30, space, lambda v: v["losses.cam_to_seg"] + 0.05 * v["losses.contrastive"])
+    judged: list[int] = []
+    evaluate = FanovaImportanceEvaluator.evaluate
+
+    def counted(self: FanovaImportanceEvaluator, study: Study, *args: object, **more: object) -> dict[str, float]:
+        judged.append(len(study.trials))
+        return evaluate(self, study, *args, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(FanovaImportanceEvaluator, "evaluate", counted)
+    monkeypatch.setattr(importance_module, "MOST", 12)
+    found = importance(study_of(space, entries, MIOU), entries, MIOU)["val/miou"]
+    assert judged == [12]
+    assert found.configurations == len(entries)
+    assert next(iter(found.shares)) == "losses.cam_to_seg"
+    assert sum(found.shares.values()) == pytest.approx(1)
 
 
 def test_importance_is_optunas_and_finds_the_setting_that_matters() -> None:

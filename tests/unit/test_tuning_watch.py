@@ -170,6 +170,24 @@ def test_the_status_file_is_written_now_and_then_and_reads_back(sweep: Sweep, cl
     assert SweepProgress.load(sweep.folder.read_text(STATUS_FILE)).rows[0].score == 0.5
 
 
+def test_settings_are_looked_at_once_and_again_when_they_change(sweep: Sweep) -> None:
+    """The display looks at all trials every second: at 10,000 of them nothing may be worked out anew each time."""
+    watch = sweep.open(trials=3)
+    looked: list[Any] = []
+    watch._steps = lambda values: looked.append(dict(values)) or STEPS  # type: ignore[func-returns-value]
+    first = watch.progress()
+    watch.advance(live(1, 10))
+    assert watch.progress().rows == first.rows
+    assert [each["x"] for each in looked] == [0, 1, 2]
+    watch.started(1)
+    watch.advance(live(1, 10))
+    watch.advance(live(1, 20))
+    assert [row.step for row in watch.progress().rows] == [0, 20, 0]
+    sweep.journal.update(2, values={"x": 7})
+    assert [row.values["x"] for row in watch.progress().rows] == [0, 1, 7]
+    assert [each["x"] for each in looked[3:]] == [1, 7]
+
+
 def test_asking_to_end(sweep: Sweep) -> None:
     watch = sweep.open(trials=2)
     watch.give_up(1, "asha")
