@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import tiny_config
 from PIL import Image
 
 from cosa_ray.config.load import apply_overrides
@@ -21,6 +20,7 @@ from cosa_ray.tracking.tracker import open_tracker
 from cosa_ray.tracking.ui import Pages
 from cosa_ray.tracking.views import sweep_view
 from cosa_ray.training.models import register_run
+from tests.conftest import tiny_config
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
@@ -340,7 +340,7 @@ def test_models_with_their_data_and_the_registry(browser: Browser, store: Store,
     browser.open("experiments/1/models?workflowType=machine_learning")
     browser.sees("Ready", "trained", "shapes model", "v1", "shapes/val (")
     browser.click("a", "trained")
-    browser.sees("at step 20", "Datasets used", "shapes/val (", "Parameters (105)", "Metrics (")
+    browser.sees("at step 20", "Datasets used", "shapes/val (", "Parameters (106)", "Metrics (")
     browser.open("models/shapes%20model?workflowType=machine_learning")
     browser.sees("Version 1", "best", "Semantic segmentation by CoSA", "val/miou 0.")
     points = store.client().get_metric_history(run_id, "val/miou")
