@@ -1,5 +1,6 @@
 # make demo   set up, make the data, sweep, table            make test       the core test suite
 # make lint   ruff and mypy                                   make test-full  everything, slow tests included
+# make audit  the pinned dependencies against known vulnerabilities
 #
 # The environment is made in .venv (uv when present, else pip). An existing one is kept: to bring your own torch, make
 # .venv yourself and install torch and torchvision into it first, or point VENV at an environment you have.
@@ -12,7 +13,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 SPREAD := -n 2 --no-loadscope-reorder
 UV := $(shell command -v uv 2>/dev/null)
 
-.PHONY: demo test test-full lint format install clean
+.PHONY: demo test test-full lint audit format install clean
 demo: install
 	$(BIN)/cosa-ray demo
 
@@ -26,6 +27,9 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+audit: install
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python .ci/audit
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import traceback
 from typing import Annotated, Any, cast
 
 import typer
@@ -21,6 +22,7 @@ from cosa_ray.cli.status import status
 from cosa_ray.cli.train import train
 from cosa_ray.cli.tune import tune
 from cosa_ray.cli.ui import ui
+from cosa_ray.config.credentials import redacted
 from cosa_ray.errors import RunFailed, UserError
 
 app = typer.Typer(
@@ -79,13 +81,26 @@ def _explain(error: Any) -> int:
     return 2
 
 
+class _WithoutSecrets(logging.Formatter):
+    """Lines of the log as they are shown: libraries write whole addresses into theirs."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redacted(super().format(record))
+
+
+def _show_traceback(error: BaseException) -> None:
+    print(redacted("".join(traceback.format_exception(error))), file=sys.stderr, end="")
+
+
 def main(words: list[str] | None = None) -> None:
     """Run the command line. Exit code 0: done; 2: the user's mistake; 1: a failure; 130: interrupted."""
     words = list(sys.argv[1:] if words is None else words)
     verbose = "--verbose" in words
     # Taken out here, so that it may stand anywhere.
     words = [word for word in words if word != "--verbose"]
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_WithoutSecrets("%(message)s"))
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler])
     try:
         code = app(words, prog_name="cosa-ray", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
@@ -95,15 +110,17 @@ def main(words: list[str] | None = None) -> None:
         sys.exit(130)
     except (UserError, RunFailed) as error:
         if verbose:
-            raise
-        print(f"cosa-ray: {error}", file=sys.stderr)
+            _show_traceback(error)
+        else:
+            print(f"cosa-ray: {redacted(str(error))}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UserError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
         if verbose:
-            raise
-        print(f"cosa-ray: {type(error).__name__}: {error} (--verbose shows where)", file=sys.stderr)
+            _show_traceback(error)
+        else:
+            print(f"cosa-ray: {type(error).__name__}: {redacted(str(error))} (--verbose shows where)", file=sys.stderr)
         sys.exit(1)
 
 

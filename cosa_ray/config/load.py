@@ -46,17 +46,26 @@ def shipped_experiments() -> list[str]:
 def read_yaml(file: Path) -> dict[str, Any]:
     """Read a YAML mapping; UserError names file and line when it is not one."""
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not valid YAML ({error}); mend the file.") from error
+    return parse_yaml(text, str(file))
+
+
+def parse_yaml(text: str, where: str) -> dict[str, Any]:
+    """The mapping in a YAML text, of plain values only; UserError names `where` and line when it is not one."""
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        where = f"{file}, line {mark.line + 1}" if mark else str(file)
+        where = f"{where}, line {mark.line + 1}" if mark else where
         raise UserError(
             f"{where}: not valid YAML ({getattr(error, 'problem', None) or error}); mend the file."
         ) from error
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise UserError(f"{file}: expected `key: value` lines, found a {type(content).__name__}; mend the file.")
+        raise UserError(f"{where}: expected `key: value` lines, found a {type(content).__name__}; mend the file.")
     return content
 
 

@@ -278,6 +278,21 @@ class Config(Section):
         return self.workers if isinstance(self.workers, int) else self.workers.max
 
     @model_validator(mode="after")
+    def _can_be_written_down(self) -> Config:
+        for key, uri in (
+            ("storage", self.storage),
+            ("data.dataset", self.data.dataset),
+            ("model.checkpoint", self.model.checkpoint),
+            ("init_from", self.init_from),
+        ):
+            if uri is not None and holds_secret(uri):
+                raise ValueError(
+                    f"{key} holds a password, and a config is copied into every run and checkpoint; leave it out and "
+                    "set the store's credentials in the environment (for s3 AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _possible(self) -> Config:
         training, most = self.training, self.most_workers
         if training.batch_size < most * training.accumulate:

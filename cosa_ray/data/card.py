@@ -25,6 +25,7 @@ SUBSETS = "subsets"  # folder inside the dataset's, of the lists that say which 
 
 Count = Annotated[int, Field(ge=0)]
 Byte = Annotated[int, Field(ge=0, le=255)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]  # of a split or subset: part of files' and metrics' names
 
 
 class _Part(BaseModel):
@@ -34,7 +35,7 @@ class _Part(BaseModel):
 class ShardCard(_Part):
     """One Arrow IPC file of a split."""
 
-    file: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="File name inside the dataset's folder.")
+    file: str = Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*$", description="File name inside the dataset's folder.")
     images: Count
     bytes: Count
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
@@ -87,8 +88,8 @@ class DatasetCard(_Part):
     labels_from: str = Field(description="Where the image-level labels came from.")
     masks_from: str = Field(description="Where the masks came from.")
     origin: Origin
-    splits: dict[str, SplitCard]
-    subsets: dict[str, SubsetCard] = Field(default_factory=dict)
+    splits: dict[Name, SplitCard]
+    subsets: dict[Name, SubsetCard] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _consistent(self) -> DatasetCard:

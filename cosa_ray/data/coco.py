@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cosa_ray.data.pictures import Broken, Palette, checked_image, encode_indices, voc_palette
-from cosa_ray.data.remote import Place, fetch, place
+from cosa_ray.data.remote import Place, fetch, leaves, place
 from cosa_ray.data.shard import Row
 from cosa_ray.data.source import Samples, Source, check_names, read_file, read_text, stored_row
 from cosa_ray.data.subsets import read_list
@@ -223,6 +223,9 @@ class _Annotations:
         ]
         if not all(isinstance(key, int | str) and isinstance(name, str) for key, name, _ in self._images):
             raise self._wrong("its images need a number as id and a file_name")
+        outside = next((name for _, name, _ in self._images if leaves(name) or name.startswith("/")), None)
+        if outside is not None:
+            raise self._wrong(f"its image {outside} is not in the folder of the images")
         check_names((name for _, name, _ in self._images), file.uri)
         self._of_image: dict[Any, list[_Slim]] = defaultdict(list)
         for i, annotation in enumerate(annotations):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+from cosa_ray.config.credentials import holds_secret, without_credentials
 from cosa_ray.data.card import DatasetCard, Origin, SplitCard, write_card
 from cosa_ray.data.claim import alone, claim, make_plan, tidy
 from cosa_ray.data.remote import Place, place
@@ -108,12 +109,17 @@ def write_dataset(
             palette=source.palette,
             labels_from=source.labels_from,
             masks_from=source.masks_from,
-            origin=Origin(kind=source.kind, source=source.uri, options=dict(source.options)),
+            origin=Origin(kind=source.kind, source=_shown(source.uri), options=dict(source.options)),
             splits=splits,
         )
         write_card(card, target)
         tidy(target)
     return card
+
+
+def _shown(uri: str | None) -> str | None:
+    """Where the data came from, for a card that everybody reads who has the dataset."""
+    return without_credentials(uri) if uri is not None and holds_secret(uri) else uri
 
 
 def _refuse_unusable(splits: dict[str, SplitCard], sizes: dict[str, int], source: Source) -> None:

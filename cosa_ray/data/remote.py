@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import re
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -27,6 +28,11 @@ class NotThere(UserError):
     """Nothing is there, or it cannot be reached: a copy made earlier may serve instead."""
 
 
+def leaves(name: str) -> bool:
+    """True for a name of a file of a folder that would lead out of it; names come out of files that people hand in."""
+    return ".." in re.split(r"[/\\]", name)
+
+
 @dataclass(frozen=True)
 class Place:
     """A file or folder on any file system; `uri` is how the user wrote it."""
@@ -41,7 +47,9 @@ class Place:
         return Path(self.path) if self.filesystem.type_name == "local" else None
 
     def child(self, name: str) -> Place:
-        """The file or folder `name` inside this folder."""
+        """The file or folder `name` inside this folder. Raises UserError for a name that leads out of it."""
+        if leaves(name):
+            raise UserError(f"{name!r} leads out of {self.uri}: give a name inside this folder")
         base, query, options = self.uri.partition("?") if "://" in self.uri else (self.uri, "", "")
         return Place(f"{base.rstrip('/')}/{name}{query}{options}", self.filesystem, f"{self.path.rstrip('/')}/{name}")
 
@@ -323,7 +331,7 @@ def _fetched(source: Place, wanted: Mapping[str, str], verified: bool) -> Path:
         part = folder / f"{fingerprint}.part"
         for name, promised in wanted.items():
             origin = source.child(name) if name else source
-            target = part / (name or result.name)
+            target = part / (name.lstrip("/") or result.name)
             if not target.exists() or (verified and file_sha256(target) != promised):
                 _copy(origin, target, promised if verified else None)
         os.replace(part, complete)
@@ -347,7 +355,8 @@ def say_copy(uri: str, reason: str, copy: Path) -> None:
 
 
 def _last(uri: str) -> str:
-    return uri.partition("?")[0].rstrip("/").rpartition("/")[2]
+    name = uri.partition("?")[0].rstrip("/").rpartition("/")[2]
+    return name if name.strip(".") else "file"  # "." and ".." would name folders
 
 
 def _cache_of(uri: str) -> Path:

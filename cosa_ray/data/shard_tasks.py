@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from cosa_ray.config.credentials import keep_token_private
 from cosa_ray.data.card import PutAside, SplitCard
 from cosa_ray.data.claim import STATE, digest
 from cosa_ray.data.pictures import Broken
@@ -155,6 +156,8 @@ def _on_ray(jobs: Iterator[Job]) -> Iterator[tuple[Job, SplitCard]]:
     mine = not ray.is_initialized()
     if mine:
         address = None if os.environ.get("RAY_ADDRESS") else "local"
+        if address is not None:
+            keep_token_private()
         quiet: dict[str, Any] = {} if address is None else {"include_dashboard": False}
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", **quiet)
     under_way: dict[Any, Job] = {}

@@ -20,7 +20,7 @@ from cosa_ray.config.protocol import NetworkName, Protocol
 from cosa_ray.data.dataset import Split, open_dataset
 from cosa_ray.data.folder import ENDINGS
 from cosa_ray.data.pictures import decode_rgb
-from cosa_ray.data.remote import place
+from cosa_ray.data.remote import leaves, place
 from cosa_ray.errors import UserError
 from cosa_ray.evaluation.inference import autocast_dtype
 from cosa_ray.evaluation.prediction import MaskSource, Segmenter, mask_png, overlay_jpeg, scores_npz
@@ -256,8 +256,17 @@ def items_of(images: Sequence[str]) -> list[Item]:
 
 
 def items_of_split(split: Split, *, labels_given: bool) -> list[Item]:
-    """The pictures of a dataset's split, with their image-level labels where these are to restrict the masks."""
+    """The pictures of a dataset's split, with their image-level labels where these are to restrict the masks.
+
+    Raises UserError for an id that would be written outside the folder of the predictions.
+    """
     known = split.labels() if labels_given else None
+    outside = next((name for name in split.ids() if leaves(name)), None)
+    if outside is not None:
+        raise UserError(
+            f"split {split.name} of {split.folder} has an image {outside!r}, whose mask would lie outside the folder "
+            "of the predictions; import it under another name."
+        )
     return [
         Item(name, row=index, labels=None if known is None else tuple(np.flatnonzero(known[index]).tolist()))
         for index, name in enumerate(split.ids())

@@ -10,11 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from cosa_ray.config.load import check
+from cosa_ray.config.load import check, read_yaml
 from cosa_ray.config.protocol import NetworkName, Protocol, in_run_protocol
 from cosa_ray.config.schema import Config
 from cosa_ray.data.card import CARD, DatasetCard
@@ -105,7 +104,7 @@ def is_model(folder: Path) -> bool:
 
 def read_config(folder: Path) -> Config:
     """The config of a trained model in a local folder."""
-    return check(yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")), f"{folder / CONFIG}")
+    return check(read_yaml(folder / CONFIG), f"{folder / CONFIG}")
 
 
 def load_trained(folder: Path, device: torch.device | str = "cpu", protocol: Protocol | None = None) -> Trained:

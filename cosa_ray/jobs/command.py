@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args
 
+from cosa_ray.config.credentials import holds_secret, without_credentials
 from cosa_ray.config.load import SHIPPED, dump_config, find_experiment, flatten, load_config
 from cosa_ray.config.protocol import find_protocol, load_protocol
 from cosa_ray.errors import UserError
@@ -152,7 +153,15 @@ def _sweep_files(path: Path, overrides: list[str], folder: str, tracked: bool) -
 
 
 def _there(path: str, root: PurePosixPath) -> str:
-    """A path as the cluster has it; `~` is the home folder of whoever runs the job there."""
+    """A path as the cluster has it; `~` is the home folder of whoever runs the job there.
+
+    Raises UserError for a URI with a password: everybody who sees the dashboard would read it.
+    """
+    if holds_secret(path):
+        raise UserError(
+            f"{without_credentials(path)}: the URI holds a password, which the cluster's job list would show; leave it "
+            "out and set the store's credentials in the environment of the nodes."
+        )
     return path if "://" in path or path.startswith("~") else str(root / path)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import cosa_ray
-from cosa_ray.config.credentials import without_credentials
+from cosa_ray.config.credentials import redacted_diff, without_credentials
 from cosa_ray.config.load import dump_config, flatten
 from cosa_ray.config.schema import Config
 from cosa_ray.data.card import DatasetCard
@@ -26,6 +26,26 @@ from cosa_ray.data.card import DatasetCard
 log = logging.getLogger(__name__)
 DIFF_BYTES = 512 * 1024
 _PLAIN_DIFF = ("--no-color", "--no-ext-diff")
+# Files that hold secrets in most projects, if somebody committed one: their changes stay here.
+_NOT_SHOWN = tuple(
+    f":(exclude,icase,glob)**/{name}"
+    for name in (
+        *(
+            ".env*",
+            "*.env",
+            ".netrc",
+            ".pypirc",
+            "*.pem",
+            "*.key",
+            "*.p12",
+            "*.pfx",
+            "id_rsa*",
+            "id_ecdsa*",
+            "id_ed25519*",
+        ),
+        *("credentials", "*credential*.[!p]*", "*secret*.[!p]*"),  # of settings and notes, not of Python
+    )
+)
 GIT_FILE = "git-state.json"  # beside a copy of the package that was sent somewhere
 # The columns of a shard (data/shard.py), in the only form that MLflow's pages show as a table.
 _SCHEMA = tuple(
@@ -144,7 +164,7 @@ def git_state(folder: Path | None = None) -> tuple[dict[str, str], bytes | None]
         commit = _git(place, "rev-parse", "HEAD") if tracked is not None else None
         if commit is None:
             continue
-        changes = _cut(_git(place, "diff", "HEAD", *_PLAIN_DIFF) or b"")
+        changes = _diff(place, ":/")
         status = _git(place, "status", "--porcelain") or b""
         tags = {
             "mlflow.source.git.commit": commit.decode().strip(),
@@ -166,7 +186,7 @@ def git_state_to_send() -> str | None:
     if not tags:
         return None
     package = Path(cosa_ray.__file__).parent
-    diff = _cut(_git(package, "diff", "HEAD", *_PLAIN_DIFF, "--", ".") or b"")
+    diff = _diff(package, ".")
     return json.dumps({"tags": tags, "diff": diff.decode(errors="replace")}, indent=1)
 
 
@@ -176,6 +196,12 @@ def _sent_git_state() -> tuple[dict[str, str], bytes | None]:
             said = json.loads((place / GIT_FILE).read_text(encoding="utf-8"))
             return {str(key): str(value) for key, value in said["tags"].items()}, said["diff"].encode() or None
     return {}, None
+
+
+def _diff(folder: Path, part: str) -> bytes:
+    """Uncommitted changes of a part of the repository (a pathspec), without secrets, not too long."""
+    diff = _git(folder, "diff", "HEAD", *_PLAIN_DIFF, "--", part, *_NOT_SHOWN) or b""
+    return _cut(redacted_diff(diff.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape"))
 
 
 def _cut(diff: bytes) -> bytes:

@@ -25,6 +25,10 @@ from cosa_ray.errors import RunFailed, UserError
 from cosa_ray.tracking.store import checked_uri, sqlite_path, tracking_uri
 from cosa_ray.tracking.views import PREFIX, RUNS, missing_views
 
+# MLflow's default server has an assistant that runs commands for every user of this machine, and no setting that takes
+# it away. It is in no other server: under gunicorn there are the pages and their API alone. The time limit is for a
+# request that reads a large store; the control socket would be one more way in.
+_SERVER = "--threads 16 --timeout 600 --no-control-socket"
 START_SECONDS = 300.0
 STOP_SECONDS = 10.0
 
@@ -53,7 +57,7 @@ class Pages(AbstractContextManager["Pages"]):
         path = sqlite_path(uri)
         artifacts = (path.parent if path else Path.cwd()) / "mlartifacts"
         command = [sys.executable, "-m", "mlflow", "server", "--artifacts-destination", artifacts.as_uri()]
-        command += ["--workers", str(workers), "--host", host, "--port", str(port)]
+        command += ["--workers", str(workers), "--host", host, "--port", str(port), "--gunicorn-opts", _SERVER]
         environment = {
             **os.environ,
             # Not on the command line, which every user of the machine can read: the URI may hold a password.

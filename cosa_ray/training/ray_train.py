@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from cosa_ray.config.credentials import keep_token_private
 from cosa_ray.config.schema import Config, Elastic
 from cosa_ray.errors import RunFailed, UserError
 from cosa_ray.training.loop import Job, Outcome, run_worker
@@ -52,6 +53,8 @@ def ray_cluster() -> Iterator[None]:
         check_address(given)
     for key, value in (LOCAL_SETTINGS if started else RAY_TRAIN_SETTINGS).items():
         os.environ.setdefault(key, value)
+    if started:
+        keep_token_private()
     # The dashboard stays on: without it Ray leaks the placement groups of stopped trials. Processes of a cluster that
     # is started here have this environment; said once more, it would make each of them import Ray twice.
     try:

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cosa_ray.config.credentials import holds_secret, without_credentials
 from cosa_ray.config.load import SHIPPED, apply_overrides, dump_config, load_config
 from cosa_ray.config.schema import Config
 from cosa_ray.data.card import CARD, DatasetCard, Origin
@@ -192,7 +193,7 @@ def _card(count: int, dataset: str | None, file: str) -> DatasetCard:
         palette=voc_palette(count + 1),
         labels_from="the release",
         masks_from="the release",
-        origin=Origin(kind="release", source=file),
+        origin=Origin(kind="release", source=without_credentials(file) if holds_secret(file) else file),
         splits={},
     )
 

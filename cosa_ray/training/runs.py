@@ -6,9 +6,7 @@ import json
 import re
 from dataclasses import asdict, dataclass, replace
 
-import yaml
-
-from cosa_ray.config.load import check, dump_config, flatten
+from cosa_ray.config.load import check, dump_config, flatten, parse_yaml
 from cosa_ray.config.schema import Config
 from cosa_ray.errors import UserError
 from cosa_ray.training.storage import CheckpointEntry, CheckpointStore, RunFolder
@@ -49,7 +47,8 @@ class Run:
         content = self.folder.read_text(CONFIG)
         if content is None:
             raise UserError(f"{self.folder.uri}: has no {CONFIG}; this is no run folder.")
-        return check(yaml.safe_load(content), f"{self.folder.uri}/{CONFIG}")
+        where = f"{self.folder.uri}/{CONFIG}"
+        return check(parse_yaml(content, where), where)
 
     def update(self, **changes: str | None) -> Run:
         """Write changed fields of the record; returns the run with them."""

@@ -141,7 +141,13 @@ class TrainState:
                 f"{folder}: holds weights only, so the run cannot be continued; start a new run with init_from, "
                 "or set checkpoint.keep_full_state next time."
             )
-        state: Mapping[str, Any] = torch.load(folder / FULL_STATE, map_location="cpu", weights_only=True)
+        try:
+            state: Mapping[str, Any] = torch.load(folder / FULL_STATE, map_location="cpu", weights_only=True)
+        except Exception as error:  # of the many kinds that a damaged or malicious file raises
+            raise UserError(
+                f"{folder / FULL_STATE}: not the state of a run ({type(error).__name__}); copy the checkpoint again, "
+                "or start a new run with init_from."
+            ) from None
         self.load_networks(folder)
         # The settings are the config's: a trial that took over another's checkpoint goes on with its own.
         own = [{key: group[key] for key in _SETTINGS} for group in self.optimiser.param_groups]

@@ -21,7 +21,7 @@ from typing import TypeVar
 
 from fsspec.implementations.local import LocalFileSystem
 
-from cosa_ray.data.remote import file_system
+from cosa_ray.data.remote import file_system, leaves
 from cosa_ray.errors import RunFailed, UserError
 
 FULL_STATE = "state.pt"
@@ -61,7 +61,9 @@ class RunFolder:
         self.uri = self.path if self.is_local else uri.rstrip("/")
 
     def join(self, name: str) -> str:
-        """Path of a file of the folder, for `fs`."""
+        """Path of a file of the folder, for `fs`. Raises UserError for a name that leads out of it."""
+        if leaves(name) or name.startswith("/"):
+            raise UserError(f"{name!r} leads out of {self.uri}; nothing was read or changed.")
         return posixpath.join(self.path, name)
 
     def exists(self, name: str = "") -> bool:
@@ -181,7 +183,11 @@ class CheckpointStore:
     def entries(self) -> list[CheckpointEntry]:
         """Registered checkpoints, oldest first."""
         content = self.folder.read_text(self.INDEX)
-        return [CheckpointEntry(**entry) for entry in json.loads(content)["checkpoints"]] if content else []
+        found = [CheckpointEntry(**entry) for entry in json.loads(content)["checkpoints"]] if content else []
+        for entry in found:  # they are deleted by these names
+            if not entry.name.startswith(f"{self.FOLDER}/") or leaves(entry.name):
+                raise UserError(f"{self.folder.uri}/{self.INDEX} names {entry.name!r}, which is no checkpoint of it.")
+        return found
 
     def latest(self) -> CheckpointEntry | None:
         """The registered checkpoint with the most steps."""

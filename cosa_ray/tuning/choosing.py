@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from pydantic import ValidationError
 
 from cosa_ray.config.load import (
@@ -23,6 +22,7 @@ from cosa_ray.config.load import (
     load_config,
     merge,
     parse_overrides,
+    parse_yaml,
 )
 from cosa_ray.config.schema import Config
 from cosa_ray.errors import UserError
@@ -104,7 +104,10 @@ def stored_sweep(folder: RunFolder) -> tuple[Sweep, Config] | None:
     texts = [folder.read_text(file) for file in (SWEEP_FILE, BASE_FILE)]
     if None in texts:
         return None
-    sweep, base = (yaml.safe_load(text or "") for text in texts)
+    sweep, base = (
+        parse_yaml(text or "", f"{folder.uri}/{file}")
+        for text, file in zip(texts, (SWEEP_FILE, BASE_FILE), strict=True)
+    )
     try:
         return Sweep.model_validate(sweep), check(base, f"{folder.uri}/{BASE_FILE}")
     except ValidationError as error:

@@ -8,9 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from cosa_ray.config.load import apply_overrides, dump_config
+from cosa_ray.config.load import apply_overrides, dump_config, parse_yaml
 from cosa_ray.config.schema import Config
 from cosa_ray.errors import RunFailed, UserError
 from cosa_ray.training.room import alive_nodes
@@ -255,7 +253,7 @@ def _check_folder(folder: RunFolder, name: str, files: Mapping[str, str], resume
     if folder.read_text(SWEEP_FILE) is None:
         raise UserError(f"no sweep {name} in {folder.uri} to resume; start it without --resume.")
     for file, content in files.items():
-        before, now = (yaml.safe_load(text or "{}") for text in (folder.read_text(file), content))
+        before, now = (parse_yaml(text or "", f"{folder.uri}/{file}") for text in (folder.read_text(file), content))
         for key in RESUMABLE if file == SWEEP_FILE else ():
             before.pop(key, None)
             now.pop(key, None)

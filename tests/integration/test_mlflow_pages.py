@@ -340,7 +340,7 @@ def test_models_with_their_data_and_the_registry(browser: Browser, store: Store,
     browser.open("experiments/1/models?workflowType=machine_learning")
     browser.sees("Ready", "trained", "shapes model", "v1", "shapes/val (")
     browser.click("a", "trained")
-    browser.sees("at step 20", "Datasets used", "shapes/val (", "Parameters (105)", "Metrics (")
+    browser.sees("at step 20", "Datasets used", "shapes/val (", "Parameters (106)", "Metrics (")
     browser.open("models/shapes%20model?workflowType=machine_learning")
     browser.sees("Version 1", "best", "Semantic segmentation by CoSA", "val/miou 0.")
     points = store.client().get_metric_history(run_id, "val/miou")

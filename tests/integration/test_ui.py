@@ -152,3 +152,18 @@ def test_the_run_is_seen_in_a_browser(folder, tmp_path) -> None:
             assert pages.link("no such experiment") == pages.url
         finally:
             browser.quit()
+
+
+def test_the_assistant_of_mlflow_is_not_served(folder) -> None:
+    """It runs shell commands for every user of this machine; the pages answer, and it does not."""
+    import requests
+
+    with Pages(f"sqlite:///{folder}/mlflow.db", port=free_port()) as pages:
+        session = requests.Session()
+        session.trust_env = False
+        assert session.get(f"{pages.url}/ajax-api/3.0/mlflow/server-info", timeout=60).ok
+        for method, path in (("GET", "config"), ("PUT", "config"), ("POST", "message"), ("GET", "providers")):
+            answer = session.request(
+                method, f"{pages.url}/ajax-api/3.0/mlflow/assistant/{path}", json={"message": "x"}, timeout=60
+            )
+            assert answer.status_code in (404, 405), path
