@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from cosa_ray.config.load import check, dump_config, flatten, parse_yaml
 from cosa_ray.config.schema import Config
 from cosa_ray.errors import UserError
-from cosa_ray.training.storage import CheckpointEntry, CheckpointStore, RunFolder
+from cosa_ray.training.storage import CheckpointEntry, CheckpointStore, RunFolder, patiently
 
 RECORD, CONFIG = "run.json", "config.yaml"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
@@ -53,7 +53,8 @@ class Run:
     def update(self, **changes: str | None) -> Run:
         """Write changed fields of the record; returns the run with them."""
         record = replace(self.record, **changes)  # type: ignore[arg-type]
-        self.folder.write_text(RECORD, json.dumps(asdict(record), indent=1))
+        content = json.dumps(asdict(record), indent=1)
+        patiently(lambda: self.folder.write_text(RECORD, content), f"the record of run {record.name}")
         return Run(self.folder, record)
 
     @property

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from cosa_ray.training.storage import RunFolder
+from cosa_ray.training.storage import RunFolder, patiently
 from cosa_ray.tuning.values import as_value
 
 FOLDER = "trials"
@@ -120,7 +120,10 @@ class Journal:
 
     def put(self, entry: Entry) -> Entry:
         """Write a trial as it is now down."""
-        self._folder.write_text(f"{FOLDER}/{entry.id}.json", json.dumps(asdict(entry), default=list))
+        content = json.dumps(asdict(entry), default=list)
+        patiently(
+            lambda: self._folder.write_text(f"{FOLDER}/{entry.id}.json", content), f"the record of trial {entry.id}"
+        )
         self._entries[entry.number] = entry
         return entry
 
