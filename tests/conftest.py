@@ -41,6 +41,20 @@ def _group(file: str) -> str:
     return "ray" if "pytest.mark.ray" in (ROOT / file).read_text() else file
 
 
+@pytest.fixture(autouse=True)
+def _mlflow_s_environment() -> Iterator[None]:
+    """No test leaves a tracking store to the next: MLflow writes the one it is told into the environment."""
+
+    def own() -> dict[str, str]:
+        return {key: value for key, value in os.environ.items() if key.startswith("MLFLOW_")}
+
+    before = own()
+    yield
+    for key in own().keys() - before.keys():
+        del os.environ[key]
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="session")
 def golden():
     """Load a golden file by name as a dict of arrays."""
@@ -145,7 +159,9 @@ def trained_run(tiny_dataset: str, tmp_path_factory: pytest.TempPathFactory) -> 
     from cosa_ray.training.driver import train
 
     folder = tmp_path_factory.mktemp("trained")
-    result = train(tiny_config(tiny_dataset, folder), name="trained", local=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        result = train(tiny_config(tiny_dataset, folder), name="trained", local=True)
     assert result.state == "finished"
     return Path(result.folder)
 

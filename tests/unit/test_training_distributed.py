@@ -92,8 +92,9 @@ def test_one_bad_rank_of_two_tells_both_and_names_the_term() -> None:
     def work(worker: Meeting) -> None:
         status = StepStatus(worker)
         bad = good | {"gradient": torch.tensor(float("nan"))} if worker.rank else good
-        for step, values, stop in ((1, good, False), (2, bad, False), (3, good, worker.rank == 0)):
-            finite = status.share(step, values, stop)
+        first, second = worker.rank == 0, worker.rank == 1
+        for step, values, stop, leaving in ((1, good, False, second), (2, bad, False, False), (3, good, first, False)):
+            finite = status.share(step, values, stop, leaving)
             seen[worker.rank] += [finite.item(), status.read()]
         assert status.read() is None, "read once"
 
@@ -102,7 +103,8 @@ def test_one_bad_rank_of_two_tells_both_and_names_the_term() -> None:
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert seen[0] == [1.0, (1, [], False), 0.0, (2, ["gradient"], False), 1.0, (3, [], True)]
+    told = [(1, [], False, True), (2, ["gradient"], False, False), (3, [], True, False)]
+    assert seen[0] == [1.0, told[0], 0.0, told[1], 1.0, told[2]]
     assert seen[1] == seen[0]
 
 
