@@ -18,6 +18,8 @@ pytestmark = pytest.mark.ray
 # A driver that does not send the token, which Ray must not let in.
 STRANGER = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False); print('LET IN', ray.nodes())"
 
+ROOT = Path(__file__).parents[2]
+
 
 def listening() -> dict[int, str]:
     """Addresses of this process's descendants that wait for connections, by port."""
@@ -29,7 +31,16 @@ def listening() -> dict[int, str]:
     return found
 
 
-def test_a_local_cluster_lets_nobody_in_without_its_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_local_cluster_lets_nobody_in_without_its_token() -> None:
+    """In a process of its own: Ray keeps the token that it read first."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "PYTEST_"))}
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{__file__}::test_alone"]
+    ran = subprocess.run(words, env={**clean, "ALONE": "1"}, cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert "1 passed" in ran.stdout, ran.stdout
+
+
+@pytest.mark.skipif("ALONE" not in os.environ, reason="run by the test above")
+def test_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home = tmp_path / "home"
     home.mkdir()
     monkeypatch.setenv("HOME", str(home))
