@@ -34,7 +34,7 @@ def find_experiment(name: str | Path, relative_to: Path | None = None) -> Path:
     # A job runs in a copy of the project, where "experiments/x.yaml" may only exist as a shipped file.
     if wanted.parts[:1] == ("experiments",) and len(wanted.parts) > 1:
         return find_experiment(Path(*wanted.parts[1:]), relative_to)
-    raise UserError(f"no experiment file {name}{_nearest(str(wanted), shipped_experiments())}.")
+    raise UserError(f"no experiment file {name}{_nearest(str(wanted.with_suffix('.yaml')), shipped_experiments())}.")
 
 
 def shipped_experiments() -> list[str]:
