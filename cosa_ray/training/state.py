@@ -143,6 +143,8 @@ class TrainState:
             )
         try:
             state: Mapping[str, Any] = torch.load(folder / FULL_STATE, map_location="cpu", weights_only=True)
+        except OSError:  # of the storage, which may answer the next time it is asked
+            raise
         except Exception as error:  # of the many kinds that a damaged or malicious file raises
             raise UserError(
                 f"{folder / FULL_STATE}: not the state of a run ({type(error).__name__}); copy the checkpoint again, "
