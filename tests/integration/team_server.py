@@ -143,6 +143,27 @@ class Postgres(AbstractContextManager["Postgres"]):
             raise RuntimeError(f"{program}: {done.stderr}")
 
 
+@contextlib.contextmanager
+def bucket_server(folder: Path, bucket: str) -> Iterator[Process]:
+    """moto's S3 as a process, with a bucket; what processes need to reach it is in the environment for the block."""
+    import boto3
+
+    port = free_port()
+    before = {key: os.environ.get(key) for key in (*KEYS, "AWS_ENDPOINT_URL")}
+    os.environ.update({**KEYS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"})
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    try:
+        with Process(command, folder / "s3.log", os.environ) as process:
+            process.wait_until(lambda: answers(f"http://127.0.0.1:{port}"))
+            boto3.resource("s3").Bucket(bucket).create()
+            yield process
+    finally:
+        for key, value in before.items():
+            os.environ.pop(key, None)
+            if value is not None:
+                os.environ[key] = value
+
+
 class TeamServer(AbstractContextManager["TeamServer"]):
     """MLflow with basic authentication on PostgreSQL and S3, all on loopback; ready when constructed."""
 

@@ -22,7 +22,7 @@ from cosa_ray.tuning.sweep import run_sweep
 from cosa_ray.tuning.sweepfile import Sweep
 from tests.conftest import history, tiny_config
 from tests.integration.machines import Machines, Seen, machines
-from tests.integration.team_server import KEYS, Process, answers, free_port
+from tests.integration.team_server import Process, answers, bucket_server, free_port
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 Make = Callable[..., Config]
@@ -34,16 +34,8 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A bucket of a local S3 (moto); what processes need to reach it is in the environment."""
     import boto3
 
-    port = free_port()
-    log = tmp_path_factory.mktemp("s3") / "log"
-    with pytest.MonkeyPatch.context() as patch:
-        for key, value in {**KEYS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}.items():
-            patch.setenv(key, value)
-        with Process([sys.executable, "-m", "moto.server", "-p", str(port)], log, os.environ) as process:
-            process.wait_until(lambda: answers(f"http://127.0.0.1:{port}"))
-            made = boto3.resource("s3").Bucket("shared")
-            made.create()
-            yield made
+    with bucket_server(tmp_path_factory.mktemp("s3"), "shared"):
+        yield boto3.resource("s3").Bucket("shared")
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +21,7 @@ from cosa_ray.training.runs import read_run
 from cosa_ray.training.session import LocalSession
 from cosa_ray.training.storage import RunFolder
 from tests.conftest import history
-from tests.integration.team_server import KEYS, Process, answers, free_port
+from tests.integration.team_server import Process, bucket_server
 
 Make = Callable[..., Config]
 
@@ -31,17 +29,8 @@ Make = Callable[..., Config]
 @pytest.fixture(scope="module")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     """moto's S3 as a process, with the bucket `shared`; the environment says how to reach it."""
-    import boto3
-
-    port = free_port()
-    log = tmp_path_factory.mktemp("s3") / "log"
-    with pytest.MonkeyPatch.context() as patch:
-        for key, value in {**KEYS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}.items():
-            patch.setenv(key, value)
-        with Process([sys.executable, "-m", "moto.server", "-p", str(port)], log, os.environ) as process:
-            process.wait_until(lambda: answers(f"http://127.0.0.1:{port}"))
-            boto3.resource("s3").Bucket("shared").create()
-            yield process
+    with bucket_server(tmp_path_factory.mktemp("s3"), "shared") as process:
+        yield process
 
 
 def keys() -> set[str]:
