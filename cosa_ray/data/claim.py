@@ -147,11 +147,17 @@ def claim(target: Place, plan: dict[str, Any]) -> DatasetCard | None:
     return None
 
 
+def drop_begun(target: Place, shard: str = "") -> None:
+    """Delete what tasks that were killed had begun to write: of one shard, by its file's name, or of all."""
+    for name in target.names():
+        if name.startswith(f".{shard}") and name.endswith(".part"):
+            with contextlib.suppress(FileNotFoundError):
+                target.child(name).delete()
+
+
 def tidy(target: Place) -> None:
     """Delete what an import leaves beside the dataset, and nothing that someone else put there."""
-    for name in target.names():
-        if name.startswith(".") and name.endswith(".part"):  # of a task that was killed
-            target.child(name).delete()
+    drop_begun(target)
     state = target.child(STATE)
     names = state.names()
     if all(_OURS.fullmatch(name) for name in names) and not state.folders():

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from cosa_ray.config.credentials import keep_token_private
 from cosa_ray.data.card import PutAside, SplitCard
-from cosa_ray.data.claim import STATE, digest
+from cosa_ray.data.claim import STATE, digest, drop_begun
 from cosa_ray.data.pictures import Broken
 from cosa_ray.data.remote import Place
 from cosa_ray.data.shard import Row, write_shard
@@ -176,6 +176,8 @@ def _on_ray(jobs: Iterator[Job]) -> Iterator[tuple[Job, SplitCard]]:
         if under_way:
             # Cancelled tasks still drop their half-written files, and must not write once the folder is let go.
             ray.wait(list(under_way), num_returns=len(under_way), timeout=_END_SECONDS, fetch_local=False)
+        for job in under_way.values():  # an interrupt while a file was being opened leaves it behind
+            drop_begun(job.target, f"{job.name}.arrow")
         if mine:
             ray.shutdown()
 

@@ -81,6 +81,33 @@ class Process(AbstractContextManager["Process"]):
         self.stop()
 
 
+class PlainServer(AbstractContextManager["PlainServer"]):
+    """MLflow's server on SQLite and a folder, without users, which can be away for a while."""
+
+    def __init__(self, folder: Path) -> None:
+        port = free_port()
+        self.url, self._folder = f"http://127.0.0.1:{port}", folder
+        self._command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
+        self._command += ["--backend-store-uri", f"sqlite:///{folder}/server.db"]
+        self._command += ["--artifacts-destination", str(folder / "artifacts")]
+        self.start()
+
+    def start(self) -> None:
+        """Start it, on its port of before."""
+        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        self._process = Process(self._command, self._folder / "mlflow.log", environment, cwd=self._folder)
+        self._process.wait_until(lambda: answers(f"{self.url}/health"))
+
+    def away(self, seconds: float) -> None:
+        """Kill it, and bring it back after so many seconds."""
+        self._process.kill()
+        time.sleep(seconds)
+        self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+
+
 class Postgres(AbstractContextManager["Postgres"]):
     """A PostgreSQL of its own on loopback; `durable` waits for the disk, as only a machine that fails needs."""
 

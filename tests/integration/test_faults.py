@@ -33,7 +33,7 @@ from cosa_ray.training.runs import read_run
 from cosa_ray.training.session import LocalSession
 from cosa_ray.training.storage import RunFolder
 from tests.conftest import history, tiny_config
-from tests.integration.team_server import Process, answers, free_port
+from tests.integration.team_server import PlainServer
 
 pytestmark = pytest.mark.timeout(900)
 ROOT = Path(__file__).parents[2]
@@ -164,31 +164,9 @@ def test_mlflow_is_away_and_comes_back(
     tiny: Make, tmp_path: Path, undisturbed: Curve, monkeypatch: pytest.MonkeyPatch, seconds: int
 ) -> None:
     """The server is killed after five steps; the run goes on meanwhile and ends after it is back."""
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
-    command += [
-        "--backend-store-uri",
-        f"sqlite:///{tmp_path}/server.db",
-        "--artifacts-destination",
-        str(tmp_path / "a"),
-    ]
-    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    config = tiny(tracking__uri=url)
-    servers: list[Process] = []
-
-    def start() -> None:
-        servers.append(Process(command, tmp_path / "log", environment, cwd=tmp_path))
-        servers[-1].wait_until(lambda: answers(f"{url}/health"))
-
-    def away() -> None:
-        servers[-1].kill()
-        time.sleep(seconds)
-        start()
-
-    start()
-    try:
-        back = after(Path(config.storage) / "away", 5, away)
+    with PlainServer(tmp_path) as server:
+        config = tiny(tracking__uri=server.url)
+        back = after(Path(config.storage) / "away", 5, lambda: server.away(seconds))
         steps_left = 15
         monkeypatch.setattr(LocalSession, "stop_wished", lambda self: bool(time.sleep(1.3 * seconds / steps_left)))
         result = train(config, name="away", local=True)
@@ -199,9 +177,6 @@ def test_mlflow_is_away_and_comes_back(
         assert [step for step, _ in curve(config, result, "val/miou")] == [10, 20]
         spool = Path(config.storage) / "away" / "spool"
         assert not spool.exists() or not list(spool.iterdir())
-    finally:
-        for server in servers:
-            server.kill()
 
 
 def test_a_corrupt_shard_is_named_and_the_run_goes_on_once_it_is_mended(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ from cosa_ray.tuning.sweep import run_sweep
 from cosa_ray.tuning.sweepfile import Sweep
 from tests.conftest import history, tiny_config
 from tests.integration.machines import Machines, Seen, machines
-from tests.integration.team_server import Process, answers, bucket_server, free_port
+from tests.integration.team_server import PlainServer, bucket_server
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 Make = Callable[..., Config]
@@ -48,19 +47,8 @@ def cluster(bucket: Any) -> Iterator[Machines]:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """MLflow's server on SQLite: workers of several machines may not share a file."""
-    folder = tmp_path_factory.mktemp("mlflow")
-    port = free_port()
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += [
-        "--backend-store-uri",
-        f"sqlite:///{folder}/mlflow.db",
-        "--artifacts-destination",
-        str(folder / "artifacts"),
-    ]
-    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with Process(command, folder / "log", environment, cwd=folder) as process:
-        process.wait_until(lambda: answers(f"http://127.0.0.1:{port}/health"))
-        yield f"http://127.0.0.1:{port}"
+    with PlainServer(tmp_path_factory.mktemp("mlflow")) as plain:
+        yield plain.url
 
 
 def curve(config: Config, result: RunResult, key: str = "train/loss") -> list[tuple[int, float]]:

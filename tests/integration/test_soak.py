@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from cosa_ray.training.driver import train
 from cosa_ray.training.runs import read_run
 from tests.conftest import history
 from tests.integration.machines import Machines, machines
-from tests.integration.team_server import Process, answers, free_port
+from tests.integration.team_server import PlainServer
 
 pytestmark = [pytest.mark.ray, pytest.mark.soak, pytest.mark.timeout(6 * 3600)]
 ROOT = Path(__file__).parents[2]
@@ -67,36 +67,15 @@ def signalled(processes: list[psutil.Process], number: signal.Signals) -> bool:
     return bool(processes)
 
 
-class Server:
-    """MLflow's server, which may be away for a while."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder, port = folder, free_port()
-        self.url = f"http://127.0.0.1:{port}"
-        self._command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
-        self._command += ["--backend-store-uri", f"sqlite:///{folder}/server.db"]
-        self._command += ["--artifacts-destination", str(folder / "artifacts")]
-        self.start()
-
-    def start(self) -> None:
-        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-        self._process = Process(self._command, self._folder / "mlflow.log", environment, cwd=self._folder)
-        self._process.wait_until(lambda: answers(f"{self.url}/health"))
-
-    def away(self, seconds: float) -> bool:
-        self._process.kill()
-        time.sleep(seconds)
-        self.start()
-        return True
-
-    def stop(self) -> None:
-        self._process.kill()
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[PlainServer]:
+    with PlainServer(tmp_path) as made:
+        yield made
 
 
-def test_soak(tiny: Make, tmp_path: Path) -> None:
+def test_soak(tiny: Make, server: PlainServer, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"training__steps": STEPS, "checkpoint__every": 20, "evaluation__every": 1000}
     settings |= {"workers": 2, "resources__cpus_per_worker": 1.9, "resources__hang_seconds": 60.0}
-    server = Server(tmp_path)
     seed = int(os.environ.get("SOAK_SEED", "0"))
     config = tiny(tracking__uri=server.url, **settings)
     (tmp_path / "x.yaml").write_text(dump_config(config))
@@ -114,7 +93,7 @@ def test_soak(tiny: Make, tmp_path: Path) -> None:
             freeze_a_worker=lambda: signalled(workers()[-1:], signal.SIGSTOP),
             take_a_machine=lambda: _exchange(cluster, extra),
             kill_the_driver=lambda: _kill(drivers),
-            mlflow_is_away=lambda: server.away(30),
+            mlflow_is_away=lambda: server.away(30) is None,
         )
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": cluster.cluster.address}
         words = [sys.executable, "-m", "cosa_ray.cli.main", "train", "x.yaml", "--name", "soak"]
@@ -147,7 +126,6 @@ def test_soak(tiny: Make, tmp_path: Path) -> None:
         "starts of the driver": len(ends),
         **trouble.made,
     }
-    server.stop()
     print(json.dumps(report))
     if target := os.environ.get("SOAK_REPORT"):
         Path(target).write_text(json.dumps(report, indent=1))
