@@ -16,10 +16,11 @@ from typing import Any
 from cosa_ray.config.load import apply_overrides
 from cosa_ray.config.schema import Config
 from cosa_ray.errors import RunFailed, UserError
+from cosa_ray.training.autoscaler import to_come
 from cosa_ray.training.lease import check_held, hold
 from cosa_ray.training.loop import Job, Outcome, run_worker
 from cosa_ray.training.ray_train import fit, ray_cluster
-from cosa_ray.training.room import alive_nodes, cpus_per_worker, to_come
+from cosa_ray.training.room import alive_nodes, cpus_per_worker, shape, slots
 from cosa_ray.training.runs import Run, check_free, check_name, create_run, find_run, resume_run
 from cosa_ray.training.session import LocalSession, Progress, start_monitor
 from cosa_ray.training.storage import RunFolder
@@ -87,7 +88,7 @@ def train(
             check_free(name, config)
         # In this order: ray.init puts signal handlers of its own in place.
         with contextlib.nullcontext() if local else ray_cluster(), catch_stop() as stop:
-            run, job = prepare(config, name, run, track=track, lease=lease.token)
+            run, job = prepare(config, name, run, track=track, lease=lease.token, local=local)
             outcome = run_worker(job, LocalSession(show, stop)) if local else _fit_and_show(job, stop, show)
             check_held(run.folder, lease.token, f"run {name}")
             result = conclude(run, job, outcome)
@@ -151,17 +152,21 @@ def prepare(
     parent: str | None = None,
     tags: Mapping[str, str] | None = None,
     lease: str | None = None,
+    local: bool = False,
 ) -> tuple[Run, Job]:
     """Check what the cluster offers, open the tracking store, and make the run's folder (unless `run` is continued).
 
     `config` is resolved and preflighted. A sweep names its parent run. `lease`: token of the lease on the
-    folder, when it is held. Raises UserError, with nothing left behind.
+    folder, when it is held. `local`: no cluster has a part in it. Raises UserError, with nothing left behind.
     """
     nodes = 1
-    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+    if not local and "ray" in sys.modules and sys.modules["ray"].is_initialized():
         alive = alive_nodes()
         coming = to_come(alive)
-        cpus_per_worker(config, alive, coming)
+        each, workers = cpus_per_worker(config, alive, coming), config.least_workers
+        if slots(alive, each, config.resources.gpus_per_worker) < workers:
+            have = f"{shape([node.cpus for node in alive])} CPUs, {shape([node.gpus for node in alive])} GPUs"
+            log.warning("%d workers have no room yet (%s); waiting for the autoscaler's machines", workers, have)
         nodes = len(alive) + len(coming)
     init_from = None
     if config.init_from is not None:

@@ -26,6 +26,7 @@ from cosa_ray.evaluation.report import RESULT, SHOWN, Findings, Report, summaris
 from cosa_ray.evaluation.scorer import RunCrf, Scorer
 from cosa_ray.evaluation.tally import Tally, plain_name
 from cosa_ray.evaluation.trained import DESCRIPTION, Description, load_trained
+from cosa_ray.training.autoscaler import to_come
 from cosa_ray.training.distributed import join_workers, torch_settings
 from cosa_ray.training.models import choose_checkpoint
 from cosa_ray.training.ray_train import needs_ray, ray_cluster
@@ -296,11 +297,12 @@ def _workers_on_ray(task: _Task) -> Iterator[_Workers]:
     config = task.config
     with ray_cluster():
         cluster = alive_nodes()
+        coming = to_come(cluster)
         if task.protocol.crf is not None:
             cluster = without_cpus(cluster, 1)  # the CRF's tasks would wait for ever behind the workers
-            if sum(node.cpus for node in cluster) < 0.2:
+            if not coming and sum(node.cpus for node in cluster) < 0.2:
                 raise UserError("the CRF's tasks need a CPU beside the workers', and the cluster has one; add --local.")
-        task = replace(task, cpus=cpus_per_worker(config, cluster))
+        task = replace(task, cpus=cpus_per_worker(config, cluster, coming))
         gpus = config.resources.gpus_per_worker
         actor: Any = ray.remote(
             num_cpus=task.cpus,

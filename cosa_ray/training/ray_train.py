@@ -18,8 +18,9 @@ import torch
 from cosa_ray.config.credentials import keep_token_private
 from cosa_ray.config.schema import Config, Elastic
 from cosa_ray.errors import RunFailed, UserError
+from cosa_ray.training.autoscaler import to_come
 from cosa_ray.training.loop import Job, Outcome, run_worker
-from cosa_ray.training.room import alive_nodes, cpus_per_worker, to_come
+from cosa_ray.training.room import alive_nodes, cpus_per_worker
 from cosa_ray.training.runs import read_run
 from cosa_ray.training.session import RaySession, sentence_of
 

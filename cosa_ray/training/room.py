@@ -68,18 +68,6 @@ def alive_nodes() -> list[Node]:
     return [Node(each.get("CPU", 0.0), each.get("GPU", 0.0)) for each in alive]
 
 
-def to_come(alive: Sequence[Node]) -> list[Node]:
-    """What the cluster's autoscaler could add to the machines there are, as one machine; none without an autoscaler."""
-    from ray._private.state import state
-
-    most = state.get_max_resources_from_cluster_config() or {}
-    more = Node(
-        max(0.0, most.get("CPU", 0.0) - sum(node.cpus for node in alive)),
-        max(0.0, most.get("GPU", 0.0) - sum(node.gpus for node in alive)),
-    )
-    return [more] if more.cpus or more.gpus else []
-
-
 def cpus_per_worker(config: Config, cluster: Sequence[Node], coming: Sequence[Node] = ()) -> float:
     """Logical CPUs a worker: as configured, else the cluster's shared out evenly with a little left for drivers.
 
@@ -105,6 +93,11 @@ def cpus_per_worker(config: Config, cluster: Sequence[Node], coming: Sequence[No
 
 def _no_room(config: Config, cluster: Sequence[Node], coming: Sequence[Node], each: float | None) -> UserError:
     workers, gpus = config.least_workers, config.resources.gpus_per_worker
+    if each is None and coming:
+        return UserError(
+            f"{workers} workers do not fit the {shape([node.cpus for node in cluster])} CPUs that are up, and machines "
+            "that are still to come cannot be shared out; set resources.cpus_per_worker."
+        )
     there = [*cluster, *coming]
     short = bool(gpus) and sum(gpu_slots(node, gpus) for node in there) < workers
     if short:
@@ -114,10 +107,6 @@ def _no_room(config: Config, cluster: Sequence[Node], coming: Sequence[Node], ea
         size = SMALLEST_SHARE if each is None else each
         need = f"{workers} workers x {size:g} CPUs = {workers * size:g} do not fit the cluster's "
         have, lower = f"{shape([node.cpus for node in there])} CPUs", "resources.cpus_per_worker"
-    if each is None and coming:
-        return UserError(
-            f"{need}{have}, and machines that are still to come cannot be shared out; set resources.cpus_per_worker."
-        )
     return UserError(f"{need}{have}; lower workers or {lower}.")
 
 

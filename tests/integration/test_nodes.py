@@ -14,7 +14,9 @@ import pytest
 
 from cosa_ray.config.schema import Config
 from cosa_ray.errors import UserError
+from cosa_ray.training.autoscaler import to_come
 from cosa_ray.training.driver import RunResult, train
+from cosa_ray.training.room import alive_nodes
 from cosa_ray.training.runs import read_run
 from cosa_ray.training.session import Progress
 from cosa_ray.tuning.sweep import run_sweep
@@ -86,6 +88,7 @@ def test_two_machines_of_two_workers_are_one_process(
 
 def test_sqlite_is_refused_with_several_machines(cluster: Machines, tiny: Make) -> None:
     node = cluster.add(2)
+    assert to_come(alive_nodes()) == [], "nobody adds machines to a cluster that was started by hand"
     with pytest.raises(UserError, match="server"):
         train(tiny(workers=2), name="refused")
     cluster.kill(node)

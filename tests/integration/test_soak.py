@@ -33,7 +33,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.soak, pytest.mark.timeout(6 * 3600)]
 ROOT = Path(__file__).parents[2]
 Make = Callable[..., Config]
 STEPS = int(os.environ.get("SOAK_STEPS", "6000"))
-PAUSE_SECONDS = (20.0, 70.0)
+PAUSE_SECONDS = (15.0, 45.0)
 
 
 class Trouble(threading.Thread):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cosa_ray.config.load import apply_overrides, load_config
 from cosa_ray.config.schema import Config
 from cosa_ray.errors import UserError
+from cosa_ray.training.autoscaler import UNKNOWN, missing, planned
 from cosa_ray.training.room import DRIVER_CPUS, Node, cpus_per_worker, without_cpus
+from tests.conftest import ROOT
 
 
 def config(**changes: object) -> Config:
@@ -69,6 +72,44 @@ def test_machines_that_an_autoscaler_may_add() -> None:
         cpus_per_worker(stated, head)
     with pytest.raises(UserError, match=r"still to come cannot be shared out; set resources\.cpus_per_worker"):
         cpus_per_worker(config(workers=8, resources__gpus_per_worker=1.0), head, coming)
+
+
+def test_machines_of_a_plan_that_are_not_up() -> None:
+    assert planned({"max_workers": 3}) == []
+    file = {
+        "max_workers": 4,
+        "head_node_type": "head",
+        "available_node_types": {
+            "head": {"resources": {"CPU": 0}, "max_workers": 0},
+            "gpu": {"resources": {"CPU": 48, "GPU": 4, "memory": 5}, "max_workers": 3},
+            "cpu": {"resources": {"CPU": 16}},
+            "none": {"max_workers": 0, "resources": {"CPU": 9}},
+        },
+    }
+    gpu, cpu = Node(48.0, 4.0), Node(16.0)
+    assert planned(file) == [(gpu, 3), (cpu, 4)]
+    assert missing(planned(file), [Node(0.0), gpu, cpu, cpu, Node(7.0)]) == [gpu] * 2 + [cpu] * 2
+    assert missing([(gpu, 1)], [gpu, gpu]) == []
+    wide = config(workers=12, resources__gpus_per_worker=1.0, resources__cpus_per_worker=12.0)
+    assert cpus_per_worker(wide, [Node(0.0)], missing(planned(file), [Node(0.0)])) == 12.0
+    with pytest.raises(UserError, match=r"13 workers x 1 GPUs = 13 do not fit the cluster's 0 \+ 4 \+ 4 \+ 4"):
+        cpus_per_worker(
+            config(workers=13, resources__gpus_per_worker=1.0, resources__cpus_per_worker=12.0),
+            [Node(0.0)],
+            missing(planned(file)[:1], [Node(0.0)]),
+        )
+    assert cpus_per_worker(wide, [Node(0.0)], [UNKNOWN]) == 12.0
+
+
+def test_machines_of_a_plan_that_does_not_say_their_size() -> None:
+    from ray.autoscaler._private.util import prepare_config
+
+    one = prepare_config(yaml.safe_load((ROOT / "cluster/onprem.yaml").read_text()))
+    ((unknown, most),) = planned(one)
+    assert (unknown, most) == (UNKNOWN, one["max_workers"])
+    assert missing(planned(one), [Node(8.0)]) == [UNKNOWN] * most
+    assert missing(planned(one), [Node(8.0, 1.0)] * most) == [UNKNOWN]
+    assert missing(planned(one), [Node(8.0, 1.0)] * (most + 1)) == []
 
 
 def test_a_range_of_workers() -> None:
