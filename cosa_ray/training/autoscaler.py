@@ -111,8 +111,10 @@ def _autoscaled() -> bool:
 
     if is_autoscaler_v2(fetch_from_server=True):
         status = get_cluster_status(ray.get_runtime_context().gcs_address)
-        kinds = {node.ray_node_type_name for node in (*status.active_nodes, *status.idle_nodes)}
+        kinds = [node.ray_node_type_name for node in (*status.active_nodes, *status.idle_nodes)]
     else:
-        report = json.loads(_internal_kv_get(DEBUG_AUTOSCALING_STATUS) or b"{}").get("autoscaler_report") or {}
-        kinds = {*report.get("active_nodes", {}), *(report.get("idle_nodes") or {})}
-    return any(kind and not kind.startswith("node_") for kind in kinds)
+        report = json.loads(_internal_kv_get(DEBUG_AUTOSCALING_STATUS) or b"{}").get("autoscaler_report")
+        if report is None:
+            return False
+        kinds = [*report["active_nodes"], *(report["idle_nodes"] or {})]
+    return not any(kind.startswith("node_") for kind in kinds)
