@@ -29,7 +29,6 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 Make = Callable[..., Config]
 CLUSTER: dict[str, Any] = {
     "cluster_name": "on-one-host",
-    "provider": {"type": "fake_multinode"},
     "auth": {"ssh_user": "nobody"},
     "head_node_type": "ray.head.default",
     "available_node_types": {
@@ -68,9 +67,17 @@ def autoscaled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None
         monkeypatch.setenv(key, value)
     plan = tmp_path / "cluster.json"  # which is YAML too
     defaults = Path(ray.__file__).parent / "autoscaler/local/defaults.yaml"  # what `ray up` fills in
-    plan.write_text(json.dumps({**yaml.safe_load(defaults.read_text()), **CLUSTER}))
+    port = free_port()
+    settings = ("use_node_id_as_ip", "disable_node_updaters", "disable_launch_config_check")
+    provider = {"type": "fake_multinode", "gcs_address": f"127.0.0.1:{port}", **dict.fromkeys(settings, True)}
+    plan.write_text(json.dumps({**yaml.safe_load(defaults.read_text()), **CLUSTER, "provider": provider}))
     command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--num-cpus=0", "--block"]
-    command += [f"--port={free_port()}", f"--autoscaling-config={plan}", "--disable-usage-stats"]
+    command += [
+        f"--port={port}",
+        "--node-ip-address=127.0.0.1",
+        f"--autoscaling-config={plan}",
+        "--disable-usage-stats",
+    ]
     environment = {**os.environ, "RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
     with Process(command, tmp_path / "ray.log", environment) as head:
         head.wait_until(lambda: "--block" in head.output.read_text())
