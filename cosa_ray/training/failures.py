@@ -1,15 +1,18 @@
-"""When a run that keeps failing is given up: after so many failures without a new checkpoint in between.
+"""What Ray's controller does for a run beyond its own: give up what keeps failing, end workers that never start.
 
-Read by Ray's controller, so nothing here imports torch.
+Nothing here imports torch: the controller would spend seconds on it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import threading
+from collections.abc import Sequence
 from typing import Any
 
 import ray
 from ray.train import UserCallback
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 
 from cosa_ray.training.session import sentence_of
 from cosa_ray.training.storage import CheckpointStore, RunFolder
@@ -24,6 +27,48 @@ class GiveUp(UserCallback):
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Called by the controller when workers have failed or died, before it starts them again."""
         count_failure(self._run, self._folder, self._limit, self._monitor, cause_of(worker_exceptions))
+
+
+class StartInTime(WorkerGroupCallback):
+    """Ends workers that take longer than so many seconds from their making to their first answer about the run.
+
+    Ray asks workers for their health only once all have started, and waits without limit for one that froze before.
+    Ended, they count as failed, and are started again.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._timer: threading.Timer | None = None
+
+    def before_init_train_context(self, workers: Sequence[Any]) -> dict[str, list[Any]]:
+        """Called by the controller when the workers' processes are there; nothing of the run is in them yet."""
+        self._stop()
+        self._timer = threading.Timer(self._seconds, _end, [[worker.actor for worker in workers]])
+        self._timer.daemon = True
+        self._timer.start()
+        return {}
+
+    def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
+        """Called when all workers have answered, or failed to: from here on Ray sees a worker that is silent."""
+        self._stop()
+
+    def before_worker_group_shutdown(self, worker_group: Any) -> None:
+        """Called before the workers are ended."""
+        self._stop()
+
+    def before_worker_group_abort(self, worker_group_context: Any) -> None:
+        """Called before the workers are ended without being asked."""
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+def _end(actors: Sequence[Any]) -> None:
+    for actor in actors:
+        ray.kill(actor)
 
 
 def count_failure(run: str, folder: str, limit: int, monitor: Any, cause: str) -> None:

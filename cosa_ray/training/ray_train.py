@@ -117,7 +117,7 @@ def fit(job: Job, monitor: Any, callbacks: Sequence[Any] = ()) -> Outcome:
     import ray.train
     from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
-    from cosa_ray.training.failures import GiveUp, count_failure, failures_of
+    from cosa_ray.training.failures import GiveUp, StartInTime, count_failure, failures_of
 
     config = job.config
     os.environ.update({key: value for key, value in _settings(config).items() if key not in _GIVEN})
@@ -138,7 +138,7 @@ def fit(job: Job, monitor: Any, callbacks: Sequence[Any] = ()) -> Outcome:
         run_config=ray.train.RunConfig(
             name=name,
             storage_path=storage,
-            callbacks=[*callbacks, GiveUp(job.name, job.folder, limit, monitor)],
+            callbacks=[*callbacks, GiveUp(job.name, job.folder, limit, monitor), StartInTime(_silence(config))],
             failure_config=ray.train.FailureConfig(
                 max_failures=-1, max_preemption_failures=-1, controller_failure_limit=_START_ATTEMPTS
             ),
@@ -172,11 +172,16 @@ def fit(job: Job, monitor: Any, callbacks: Sequence[Any] = ()) -> Outcome:
 def _settings(config: Config) -> dict[str, str]:
     """Settings of Ray Train for a run."""
     settings = dict(RAY_TRAIN_SETTINGS)
-    settings["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = f"{min(600.0, config.resources.hang_seconds):g}"
+    settings["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = f"{_silence(config):g}"
     if isinstance(config.workers, Elastic):
         # Room is waited for before; what has none after that was counted on a machine that had just gone.
         settings["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "30"
     return settings
+
+
+def _silence(config: Config) -> float:
+    """Seconds after which a worker that does not answer is taken for dead."""
+    return min(600.0, config.resources.hang_seconds)
 
 
 def _number_of_workers(config: Config) -> dict[str, Any]:

@@ -12,11 +12,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 
 from cosa_ray.config.load import dump_config
 from cosa_ray.config.schema import Config
@@ -72,6 +74,42 @@ def test_hung_workers_are_started_again(ray_cluster: str, tiny: Make, count: int
     assert result.state == "finished"
     assert not frozen[0].is_running() or frozen[0].status() == psutil.STATUS_ZOMBIE, "nobody has to end it by hand"
     alone = tiny(**SETTINGS, workers=count)
+    assert curve(config, result) == curve(alone, train(alone, name="undisturbed"))
+
+
+class FreezeAtStart(WorkerGroupCallback):
+    """Stops a worker of the first group for good (SIGSTOP), after it was made and before it is given the run."""
+
+    def __init__(self, note: Path) -> None:
+        self._note = note
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        if not self._note.exists():
+            pid = worker_group.get_workers()[-1].metadata.pid
+            self._note.write_text(str(pid))
+            os.kill(pid, signal.SIGSTOP)
+
+
+def test_a_worker_that_hangs_before_it_has_started(
+    ray_cluster: str, tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    from cosa_ray.training import driver
+
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    note = tmp_path / "frozen"
+    monkeypatch.setattr(driver, "fit", partial(driver.fit, callbacks=[FreezeAtStart(note)]))
+    config = tiny(workers=2, resources__hang_seconds=10.0, **SETTINGS)
+    try:
+        result = train(config, name="hung")
+    finally:
+        ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+    assert result.state == "finished"
+    frozen = int(note.read_text())
+    assert not psutil.pid_exists(frozen) or psutil.Process(frozen).status() == psutil.STATUS_ZOMBIE
+    monkeypatch.undo()
+    alone = tiny(workers=2, **SETTINGS)
     assert curve(config, result) == curve(alone, train(alone, name="undisturbed"))
 
 
