@@ -38,6 +38,7 @@ _GIVEN = frozenset(os.environ)  # settings of the user are left alone
 _CONNECT_SECONDS = 10.0
 # Of five minutes each, without room for the workers of a run: a day for machines to come back.
 _START_ATTEMPTS = 288
+_START_SECONDS = 120.0  # that workers have at least, from their processes to the first word of them: imports take long
 
 
 @contextlib.contextmanager
@@ -138,7 +139,11 @@ def fit(job: Job, monitor: Any, callbacks: Sequence[Any] = ()) -> Outcome:
         run_config=ray.train.RunConfig(
             name=name,
             storage_path=storage,
-            callbacks=[*callbacks, GiveUp(job.name, job.folder, limit, monitor), StartInTime(_silence(config))],
+            callbacks=[
+                *callbacks,
+                GiveUp(job.name, job.folder, limit, monitor),
+                StartInTime(max(_START_SECONDS, _silence(config))),
+            ],
             failure_config=ray.train.FailureConfig(
                 max_failures=-1, max_preemption_failures=-1, controller_failure_limit=_START_ATTEMPTS
             ),
