@@ -12,7 +12,7 @@ from typing import Any
 
 import ray
 from ray.train import UserCallback
-from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
 from cosa_ray.training.session import sentence_of
 from cosa_ray.training.storage import CheckpointStore, RunFolder
@@ -29,16 +29,18 @@ class GiveUp(UserCallback):
         count_failure(self._run, self._folder, self._limit, self._monitor, cause_of(worker_exceptions))
 
 
-class StartInTime(WorkerGroupCallback):
+class StartInTime(WorkerGroupCallback, ControllerCallback):
     """Ends workers that take longer than so many seconds from their making to their first answer about the run.
 
     Ray asks workers for their health only once all have started, and waits without limit for one that froze before.
-    Ended, they count as failed, and are started again.
+    Ended, they fail the start, and it is tried again. Their room is freed here: Ray forgets that of workers which it
+    has made and could not hand the run, until the job ends.
     """
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._timer: threading.Timer | None = None
+        self._room: Any = None  # of workers that have not begun
 
     def before_init_train_context(self, workers: Sequence[Any]) -> dict[str, list[Any]]:
         """Called by the controller when the workers' processes are there; nothing of the run is in them yet."""
@@ -47,6 +49,21 @@ class StartInTime(WorkerGroupCallback):
         self._timer.daemon = True
         self._timer.start()
         return {}
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        """Called when the workers are ready, and before the run is handed to them."""
+        self._room = worker_group.get_worker_group_state().placement_group_handle
+
+    def after_worker_group_training_start(self, worker_group: Any) -> None:
+        """Called when the run was handed to all workers: from here on Ray frees their room."""
+        self._room = None
+
+    async def before_controller_shutdown(self) -> None:
+        """Called when the controller gives up, for one because workers died when they were handed the run."""
+        self._stop()
+        if self._room is not None:
+            self._room.shutdown()
+            self._room = None
 
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
         """Called when all workers have answered, or failed to: from here on Ray sees a worker that is silent."""

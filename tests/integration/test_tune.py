@@ -47,15 +47,15 @@ def tracked(uri: str) -> dict[str, object]:
 
 
 def test_a_sweep_from_start_to_best(ray_cluster: str, tiny: Make, tmp_path: Path) -> None:
-    """One learning rate makes every run diverge; the other works: half of the trials fail, and are told apart."""
+    """One learning rate makes every run diverge, the other works: one trial of three fails, and is told apart."""
     base = tiny(training__steps=16, evaluation__every=4)
     sweep = Sweep.model_validate(
         {
             "base": "tiny",
             "space": {"optimiser.lr": {"choice": [1e-3, 1e30]}, "losses.cam_to_seg": {"uniform": [0.1, 0.2]}},
             "search": "random",
-            "search_seed": 1,
-            "trials": 4,
+            "search_seed": 6,
+            "trials": 3,
             "scheduler": "asha",
         }
     )
@@ -64,7 +64,7 @@ def test_a_sweep_from_start_to_best(ray_cluster: str, tiny: Make, tmp_path: Path
 
     assert result.state == "finished"
     assert idle(ray_cluster)
-    assert len(result.trials) == len({trial.id for trial in result.trials}) == 4
+    assert len(result.trials) == len({trial.id for trial in result.trials}) == 3
     good = [trial for trial in result.trials if trial.values["optimiser.lr"] == 1e-3]
     bad = [trial for trial in result.trials if trial.values["optimiser.lr"] == 1e30]
     assert good
@@ -99,7 +99,7 @@ def test_a_sweep_from_start_to_best(ray_cluster: str, tiny: Make, tmp_path: Path
     kept = {trial.name for trial in result.trials if (Path(trial.folder) / "checkpoints.json").exists()}
     assert kept == {result.best.name}
     assert json.loads((Path(result.folder) / "sweep.json").read_text())["best"]["id"] == result.best.id
-    assert shown[-1].ended == 4
+    assert shown[-1].ended == 3
     assert any(row.state == "running" and row.step for progress in shown for row in progress.rows)
 
     # Cut between Tune's end and the writing of the result: everything is found again, without a step of Tune.
