@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.integration.team_server import Process
@@ -69,6 +70,12 @@ def machines(head_cpus: float = 2) -> Iterator[Machines]:
             yield made
         finally:
             made.close()
+
+
+def workers() -> list[psutil.Process]:
+    """Processes of Ray Train's workers on this host."""
+    titled = ((each, each.info["cmdline"] or []) for each in psutil.process_iter(["cmdline"]))
+    return [each for each, words in titled if any("RayTrainWorker" in word for word in words)]
 
 
 class Seen:

@@ -26,6 +26,7 @@ from cosa_ray.errors import RunFailed
 from cosa_ray.training.driver import RunResult, train
 from cosa_ray.training.runs import read_run
 from tests.conftest import history
+from tests.integration.machines import workers
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
 Make = Callable[..., Config]
@@ -36,12 +37,6 @@ def curve(config: Config, result: RunResult) -> list[tuple[int, float]]:
     assert config.tracking.uri is not None
     assert result.mlflow_run_id is not None
     return history(config.tracking.uri, result.mlflow_run_id, "train/loss")
-
-
-def workers() -> list[psutil.Process]:
-    """Processes of Ray Train's workers on this machine."""
-    titled = ((each, each.info["cmdline"] or []) for each in psutil.process_iter(["cmdline"]))
-    return [each for each, words in titled if any("RayTrainWorker" in word for word in words)]
 
 
 def at_step(config: Config, name: str, step: int, action: Callable[[], object]) -> threading.Thread:

@@ -26,7 +26,7 @@ from cosa_ray.config.schema import Config
 from cosa_ray.training.driver import train
 from cosa_ray.training.runs import read_run
 from tests.conftest import history
-from tests.integration.machines import Machines, machines
+from tests.integration.machines import Machines, machines, workers
 from tests.integration.team_server import PlainServer
 
 pytestmark = [pytest.mark.ray, pytest.mark.soak, pytest.mark.timeout(6 * 3600)]
@@ -54,11 +54,6 @@ class Trouble(threading.Thread):
     def stop(self) -> None:
         self._done.set()
         self.join()
-
-
-def workers() -> list[psutil.Process]:
-    titled = ((each, each.info["cmdline"] or []) for each in psutil.process_iter(["cmdline"]))
-    return [each for each, words in titled if any("RayTrainWorker" in word for word in words)]
 
 
 def signalled(processes: list[psutil.Process], number: signal.Signals) -> bool:
