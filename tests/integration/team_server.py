@@ -46,6 +46,14 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def wait_for(true: Callable[[], bool], seconds: float = 120.0) -> None:
+    """Raises AssertionError when it is not true in time."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.2)
+
+
 class Process(AbstractContextManager["Process"]):
     """A server with its output in a file, in a session of its own; gone with all it started when closed."""
 

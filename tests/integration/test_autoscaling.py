@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from cosa_ray.training.driver import train
 from cosa_ray.training.room import Node, alive_nodes
 from tests.conftest import history
 from tests.integration.machines import Seen
-from tests.integration.team_server import PlainServer, Process, free_port
+from tests.integration.team_server import PlainServer, Process, free_port, wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 Make = Callable[..., Config]
@@ -38,13 +37,6 @@ CLUSTER: dict[str, Any] = {
     "max_workers": 2,
     "idle_timeout_minutes": 0.2,
 }
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.5)
 
 
 def machines_with_cpus() -> int:

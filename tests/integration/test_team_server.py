@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +26,7 @@ from cosa_ray.training.driver import train
 from cosa_ray.training.evaluating import evaluate_run
 from cosa_ray.training.session import Progress
 from tests.conftest import tiny_config
-from tests.integration.team_server import CLIENT, TeamServer
+from tests.integration.team_server import CLIENT, TeamServer, wait_for
 
 METRICS = 15
 
@@ -363,13 +362,6 @@ def test_a_run_survives_its_postgres_and_its_bucket(team: TeamServer, as_ada: Te
 def written(team: TeamServer, experiment: str) -> int:
     statement = "SELECT COUNT(*) FROM metrics JOIN runs USING (run_uuid) WHERE name LIKE %s"
     return int(team.postgres.query("mlflow", statement, f"{experiment}-%")[0][0])
-
-
-def wait_for(true: Callable[[], bool], seconds: float = 120.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
 
 
 def test_the_client_of_these_tests_is_nobody_by_itself() -> None:
