@@ -147,10 +147,10 @@ def claim(target: Place, plan: dict[str, Any]) -> DatasetCard | None:
     return None
 
 
-def drop_begun(target: Place, shard: str = "") -> None:
-    """Delete what tasks that were killed had begun to write: of one shard, by its file's name, or of all."""
+def drop_begun(target: Place) -> None:
+    """Delete what tasks that were killed or interrupted had begun to write."""
     for name in target.names():
-        if name.startswith(f".{shard}") and name.endswith(".part"):
+        if name.startswith(".") and name.endswith(".part"):
             with contextlib.suppress(FileNotFoundError):
                 target.child(name).delete()
 

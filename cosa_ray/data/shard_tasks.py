@@ -176,8 +176,7 @@ def _on_ray(jobs: Iterator[Job]) -> Iterator[tuple[Job, SplitCard]]:
         if under_way:
             # Cancelled tasks still drop their half-written files, and must not write once the folder is let go.
             ray.wait(list(under_way), num_returns=len(under_way), timeout=_END_SECONDS, fetch_local=False)
-        for job in under_way.values():  # an interrupt while a file was being opened leaves it behind
-            drop_begun(job.target, f"{job.name}.arrow")
+            drop_begun(next(iter(under_way.values())).target)  # an interrupt while a file is being opened leaves it
         if mine:
             ray.shutdown()
 

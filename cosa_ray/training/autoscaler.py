@@ -23,8 +23,7 @@ def to_come(alive: Sequence[Node]) -> list[Node]:
 
     Machine by machine where the bounds are known, UNKNOWN where they are not; nothing without an autoscaler.
     """
-    kinds = _reported()
-    if kinds is None and (kinds := _planned()) is None:
+    if (kinds := _planned()) is None:  # Ray's control store has a place for it, which Ray leaves empty
         return [UNKNOWN] if _autoscaled() else []
     return missing(kinds, alive)
 
@@ -55,22 +54,6 @@ def planned(config: Mapping[str, Any]) -> list[Kind]:
         most = min(total, int(kind.get("max_workers", 0 if name == head else total)))
         if most:
             kinds.append((node, most))
-    return kinds
-
-
-def _reported() -> list[Kind] | None:
-    """What the cluster's owner told Ray's control store; Ray's own autoscaler tells it nothing."""
-    from ray._private.state import state
-
-    config = state.get_cluster_config()
-    if config is None or not config.node_group_configs:
-        return None
-    kinds = []
-    for group in config.node_group_configs:
-        node = Node(float(group.resources.get("CPU", 0)), float(group.resources.get("GPU", 0)))
-        if group.max_count < 0:
-            return None
-        kinds.append((node, int(group.max_count)))
     return kinds
 
 

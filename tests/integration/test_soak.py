@@ -32,7 +32,7 @@ from tests.integration.team_server import PlainServer
 pytestmark = [pytest.mark.ray, pytest.mark.soak, pytest.mark.timeout(6 * 3600)]
 ROOT = Path(__file__).parents[2]
 Make = Callable[..., Config]
-STEPS = int(os.environ.get("SOAK_STEPS", "6000"))
+STEPS = int(os.environ.get("SOAK_STEPS", "12500"))
 PAUSE_SECONDS = (15.0, 45.0)
 
 
