@@ -15,7 +15,8 @@ import pytest
 from tests.unit.cluster_files import CLUSTER
 
 SCRIPT = CLUSTER / "slurm" / "cosa-ray.sbatch"
-# `srun` runs the command here; every program writes down how it was called.
+# `srun` runs the command here; every program writes down how it was called, after it has set its trap. The head answers
+# once it has done so, as the real one: the workers come after it.
 STUBS = {
     "srun": """
 while [ "${1#--}" != "$1" ]; do shift; done
@@ -25,18 +26,22 @@ exec "$@"
 if [ "$1" = show ]; then printf 'localhost\\nlocalhost\\n'; else echo "scontrol $*" >> "$CALLS"; fi
 """,
     "ray": """
-[ "$1" != health-check ] || exit 0
-echo "ray $* $(stat -c 'token %s %a' "$RAY_AUTH_TOKEN_PATH") $RAY_AUTH_MODE" >> "$CALLS"
+if [ "$1" = health-check ]; then
+  until grep -q "^ray start --head" "$CALLS"; do sleep 0.05; done
+  exit 0
+fi
 trap 'echo "ray stopped" >> "$CALLS"; exit 0' TERM
+echo "ray $* $(stat -c 'token %s %a' "$RAY_AUTH_TOKEN_PATH") $RAY_AUTH_MODE" >> "$CALLS"
 while true; do sleep 0.05; done
 """,
     # Waits, as the real one, until all nodes are there.
     "python": 'until [ "$(grep -c "^ray start" "$CALLS")" = "$2" ]; do sleep 0.05; done\n',
     "cosa-ray": """
+trap 'echo "cosa-ray stopped" >> "$CALLS"; exit 0' TERM
 echo "cosa-ray $* at $RAY_ADDRESS" >> "$CALLS"
 case " $* " in
   *" --resume "*) exit "${RESUMED:-0}" ;;
-  *" lasting "*) trap 'echo "cosa-ray stopped" >> "$CALLS"; exit 0' TERM; while true; do sleep 0.05; done ;;
+  *" lasting "*) while true; do sleep 0.05; done ;;
 esac
 exit "${CODE:-0}"
 """,
@@ -119,7 +124,6 @@ def test_a_signal_stops_the_run_before_ray(
 ) -> None:
     process = start("train", "voc", "--name", "lasting")
     wait_for(tmp_path, "cosa-ray train")
-    time.sleep(0.2)  # until the stub has its trap
     process.send_signal(number)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 0, output
