@@ -1,11 +1,15 @@
-"""Where the time of a co-training step goes: data, assignment network, online forward, backward, labels, optimiser.
+"""A training step against the bare network time of the same step, and where the rest goes.
 
-    python benchmarks/step_time.py shapes --dataset datasets/shapes --threads 1
-    python benchmarks/step_time.py voc --batch 2 --steps 3 --threads 2
+    python benchmarks/step_time.py shapes --rounds 40 --threads 2
+    python benchmarks/step_time.py voc --batch 2 --rounds 3 --threads 2 --straightforward --out step.json
 
-Without --dataset the pictures are noise (no data part). --track logs every step to an MLflow store of its own (a run
-logs every `tracking.log_every` steps). Prints medians over the measured steps, and JSON with --json. Needs neither Ray
-nor, without --track, MLflow.
+bare: the same networks in the same process on inputs of the same sizes and nothing else: the assignment network on
+every scale and flip, the online network forward, backward from a constant, the optimiser. step: all that a run does for
+a co-training step. They take turns; the ratio is the median over the rounds. --straightforward adds a step without what
+makes ours fast: attention as timm chooses, every scale and flip by itself, optimiser and EMA parameter by parameter;
+and a bare network in float32 with timm's attention, by which the release's own step, measured once on another
+machine beside such a network, is scaled to this one. Without --dataset the pictures are noise (no data part).
+Needs torch, timm, numpy, pyarrow and pydantic; the weights are random and stay as they are.
 """
 
 from __future__ import annotations
@@ -13,141 +17,212 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections import defaultdict
-from collections.abc import Callable
-from contextlib import ExitStack
-from tempfile import TemporaryDirectory
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from measuring import in_turns, machine, medians, now, ratio, save
+from straightforward import PlainAdamW, assign_one_by_one, ema_by_parameter
+from torch import Tensor
 
 from cosa_ray.config.load import apply_overrides, load_config
 from cosa_ray.config.schema import Config
 from cosa_ray.data.loader import TrainingBatch
-from cosa_ray.evaluation.inference import autocast_dtype
 from cosa_ray.method import step as method_step
-from cosa_ray.tracking.tracker import NoTracker, Tracker, open_tracker
-from cosa_ray.training.distributed import join_workers
+from cosa_ray.method.assignment import resize
+from cosa_ray.method.network import Outputs, mixed_precision, scaled_size
+from cosa_ray.training import state as training_state
+from cosa_ray.training import stepping
+from cosa_ray.training.distributed import join_workers, torch_settings
 from cosa_ray.training.state import TrainState
 
-PARTS = (
-    "data",
-    "assignment network",
-    "online forward",
-    "backward",
-    "pseudo-labels and losses",
-    "optimiser and EMA",
-    "tracking",
-)
+NETWORK = ("assignment network", "online forward", "backward", "optimiser")
+REST = ("data", "scales and fusion", "pseudo-labels and losses", "EMA, clipping, normalising")
+# ViT-B/16, 448 px, batch 2, 3 scales with flips, 20 classes, float32: seconds of the release's step and of the bare
+# network with fused attention, both on the same two cores (the middle of 20.6 to 23.0, and 9.29 + 1.27 + 2.31 + 0.09).
+RELEASE, RELEASE_NETWORK = 21.8, 12.95
 
 
 class Clock:
-    """Adds up the time of named parts; waits for the device so that a GPU's time is counted where it belongs."""
+    """Adds up the time of named parts, each without what it calls that has a name of its own."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self) -> None:
         self.spent: dict[str, float] = defaultdict(float)
-
-    def now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
+        self._inner = [0.0]
 
     def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, with its time added to a part."""
+
         def call(*args: Any, **kwargs: Any) -> Any:
-            began = self.now()
-            result = function(*args, **kwargs)
-            self.spent[part] += self.now() - began
-            return result
+            began = now()
+            self._inner.append(0.0)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                took = now() - began
+                self.spent[part] += took - self._inner.pop()
+                self._inner[-1] += took
 
         return call
 
+    def put(self, part: str, owner: Any, name: str) -> None:
+        """Time an attribute of something from now on."""
+        setattr(owner, name, self.timed(part, getattr(owner, name)))
 
-def noise(config: Config, step: int, classes: int) -> TrainingBatch:
-    """A batch of noise pictures with one or two labels each."""
-    draw = torch.Generator().manual_seed(step)
+
+def noise(config: Config, classes: int) -> Iterator[TrainingBatch]:
+    """Batches of noise pictures with one label each."""
     batch, crop = config.training.batch_size, config.views.crop
-    pictures = torch.randint(0, 256, (batch, 3, crop, crop), dtype=torch.uint8, generator=draw)
-    labels = torch.zeros(batch, classes)
-    labels[torch.arange(batch), torch.randint(0, classes, (batch,), generator=draw)] = 1
-    box = torch.tensor([[0, crop, 0, crop]]).repeat(batch, 1)
-    return TrainingBatch(step, pictures, pictures, labels, box, torch.arange(batch))
+    draw, step = torch.Generator().manual_seed(0), 0
+    while True:
+        pictures = torch.randint(0, 256, (batch, 3, crop, crop), dtype=torch.uint8, generator=draw)
+        labels = torch.zeros(batch, classes)
+        labels[torch.arange(batch), torch.randint(0, classes, (batch,), generator=draw)] = 1
+        box = torch.tensor([[0, crop, 0, crop]]).repeat(batch, 1)
+        yield TrainingBatch(step, pictures, pictures, labels, box, torch.arange(batch))
+        step += 1
 
 
-def tracker_in(folder: str, config: Config) -> Tracker | NoTracker:
-    """A tracker with a SQLite store and a spool in a folder."""
-    from cosa_ray.tracking.store import open_store
+def batches_of(config: Config, dataset: str | None, classes: int) -> tuple[Iterator[TrainingBatch], int]:
+    """Endless batches, made as they are asked for, and the number of classes."""
+    if dataset is None:
+        return noise(config, classes), classes
+    from cosa_ray.data.dataset import open_dataset
+    from cosa_ray.data.loader import training_batches
 
-    config = apply_overrides(config, {"tracking.uri": f"sqlite:///{folder}/mlflow.db"})
-    return open_tracker(open_store(config, run_name="step-time", folder=folder))
+    opened = open_dataset(dataset)
+    batches = training_batches(
+        opened.split(config.data.train_split),
+        seed=config.seed,
+        views=config.views,
+        batch_size=config.training.batch_size,
+        start_step=0,
+        stop_step=config.training.steps,
+        processes=0,
+    )
+    return batches, opened.num_classes
+
+
+class Bench:
+    """One pair of networks with an optimiser, and the steps that are compared on it."""
+
+    def __init__(self, config: Config, dataset: str | None, classes: int, workers: Any, clock: Clock) -> None:
+        self.config, self.clock, self.device = config, clock, workers.device
+        self.batches, classes = batches_of(config, dataset, classes)
+        self.state = TrainState(config, classes, workers.device, initialise=False)
+        for group in self.state.optimiser.param_groups:  # every step is to meet the same weights
+            group["lr"] = group["base_lr"] = 0.0
+        clock.put("EMA, clipping, normalising", stepping.Stepper, "take")
+        clock.put("pseudo-labels and losses", stepping, "cotraining_step")
+        clock.put("scales and fusion", method_step, "assign")
+        clock.put("assignment network", self.state.assignment, "forward")
+        clock.put("online forward", self.state.online, "forward")
+        clock.put("backward", Tensor, "backward")
+        clock.put("optimiser", self.state.optimiser, "step")
+        self._plain: PlainAdamW | None = None
+        self.get = clock.timed("data", lambda: next(self.batches))
+        self.stepper = stepping.Stepper(self.state, workers)
+        batch = next(self.batches)
+        images = self.state.online.normalise(batch.weak.to(self.device))
+        side, self.images = config.views.crop, images
+        sizes = [scaled_size(self.state.assignment, side, side, scale) for scale in config.assignment.scales]
+        self.inputs = [
+            torch.cat([view, view.flip(-1)]) if config.assignment.flip else view
+            for view in (resize(images, size) for size in sizes)
+        ]
+
+    def bare(self, autocast: torch.dtype | None) -> None:
+        """The network time of a step and nothing else."""
+        state = self.state
+        with torch.no_grad():
+            for view in self.inputs:
+                with mixed_precision(self.device, autocast):
+                    state.assignment(view)
+        with mixed_precision(self.device, autocast):
+            outputs = state.online(self.images)
+        total(outputs).backward()
+        state.optimiser.step()
+        state.optimiser.zero_grad(set_to_none=True)
+
+    def step(self) -> None:
+        """A whole step, as a run takes it."""
+        self.state.step = self.config.training.warmup_iters
+        self.stepper.take(self.get())
+
+    def straightforward(self) -> None:
+        """A whole step with scales and flips one by one, and parameters one by one."""
+        usual = method_step.assign, training_state.ema_update, self.state.optimiser
+        if self._plain is None:
+            self._plain = PlainAdamW([{**group} for group in self.state.optimiser.param_groups])
+            self.clock.put("optimiser", self._plain, "step")
+        method_step.assign = self.clock.timed("scales and fusion", assign_one_by_one)  # type: ignore[assignment]
+        training_state.ema_update = ema_by_parameter  # type: ignore[assignment]
+        self.state.optimiser = self._plain
+        try:
+            self.step()
+        finally:
+            method_step.assign, training_state.ema_update, self.state.optimiser = usual
+
+
+def total(outputs: Outputs) -> Tensor:
+    """Something small whose backward pass goes through every head."""
+    maps = (outputs.cls, outputs.cls_aux, outputs.cam, outputs.cam_aux, outputs.seg)
+    return torch.stack([each.float().sum() for each in maps if each is not None]).sum()
 
 
 def measure(
-    config: Config, steps: int, dataset: str | None, classes: int, tracker: Tracker | NoTracker | None
-) -> list[dict[str, float]]:
-    """Seconds of every part for each of `steps` co-training steps, after two that do not count."""
-    workers = join_workers()
-    clock = Clock(workers.device)
-    if dataset is not None:
-        from cosa_ray.data.dataset import open_dataset
-        from cosa_ray.data.loader import training_batches
+    config: Config, rounds: int, dataset: str | None, classes: int, threads: int, straightforward: bool
+) -> dict[str, Any]:
+    """Seconds of every contender, whole and by part, and their ratios."""
+    workers, clock = join_workers(), Clock()
+    with torch_settings(apply_overrides(config, {"training.threads": threads}), None, workers.device):
+        bench = Bench(config, dataset, classes, workers, clock)
+        contenders: dict[str, Callable[[], None]] = {
+            "bare": lambda: bench.bare(bench.stepper.autocast),
+            "step": bench.step,
+        }
+        if straightforward:
+            contenders |= {"straightforward": bench.straightforward, "bare fp32": lambda: bench.bare(None)}
+        parts: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
 
-        opened = open_dataset(dataset)
-        classes = opened.num_classes
-        batches = training_batches(
-            opened.split(config.data.train_split),
-            seed=config.seed,
-            views=config.views,
-            batch_size=config.training.batch_size,
-            start_step=0,
-            stop_step=steps + 2,
-            rank=0,
-            world=1,
-            processes=0,
-        )
-        get = clock.timed("data", lambda step: next(batches))
-    else:
-        get = lambda step: noise(config, step, classes)  # noqa: E731
-    state = TrainState(config, classes, workers.device, initialise=False)
-    autocast = autocast_dtype(config, workers.device)
-    method_step.assign = clock.timed("assignment network", method_step.assign)  # type: ignore[assignment]
-    torch.Tensor.backward = clock.timed("backward", torch.Tensor.backward)  # type: ignore[method-assign]
-    state.online.forward = clock.timed("online forward", state.online.forward)  # type: ignore[method-assign]
-    measured = []
-    for step in range(steps + 2):
-        clock.spent.clear()
-        began = clock.now()
-        batch = get(step)
-        weak, strong = (state.online.normalise(view.to(workers.device)) for view in (batch.weak, batch.strong))
-        rest = (part.to(workers.device) for part in (batch.labels, batch.box, batch.position))
-        output = method_step.cotraining_step(
-            state.online,
-            state.assignment,
-            [method_step.MicroBatch(weak, strong, *rest)],
-            state.thresholds,
-            config,
-            step,
-            global_batch=config.training.batch_size,
-            sum_over_workers=workers.sum,
-            autocast=autocast,
-        )
-        before = clock.now()
-        finite = torch.ones((), device=workers.device)
-        state.optimise(finite, state.gradient_norm())
-        if output.proposal is not None:
-            state.thresholds.commit(output.proposal, finite)
-        optimised = clock.now()
-        clock.spent["optimiser and EMA"] = optimised - before
-        if tracker is not None:
-            tracker.log({f"train/{name}": loss.item() for name, loss in output.losses.items()}, step)
-        ended = clock.now()
-        clock.spent["tracking"] = ended - optimised
-        whole = ended - began
-        clock.spent["pseudo-labels and losses"] = whole - sum(clock.spent.values())
-        if step >= 2:
-            measured.append({**clock.spent, "step": whole})
-    return measured
+        def noted(name: str) -> Callable[[], None]:
+            def call() -> None:
+                clock.spent.clear()
+                contenders[name]()
+                parts[name].append(dict(clock.spent))
+
+            return call
+
+        seconds = in_turns({name: noted(name) for name in contenders}, rounds)
+        found = machine("torch", "timm", "numpy", "pyarrow", "pydantic")
+    split = {
+        name: {part: statistics.median(one.get(part, 0.0) for one in parts[name][1:]) for part in (*NETWORK, *REST)}
+        for name in contenders
+    }
+    result: dict[str, Any] = {
+        "seconds": medians(seconds),
+        "split": split,
+        "precision": "fp32" if bench.stepper.autocast is None else "bf16",
+        "step / bare": ratio(seconds["step"], seconds["bare"]),
+        "machine": found,
+    }
+    if straightforward:
+        release = [RELEASE / RELEASE_NETWORK * each for each in seconds["bare fp32"]]
+        result["straightforward / step"] = ratio(seconds["straightforward"], seconds["step"])
+        result["release, scaled / step"] = ratio(release, seconds["step"])
+    return result
+
+
+def table(result: dict[str, Any]) -> str:
+    """The contenders side by side, part by part."""
+    names = list(result["seconds"])
+    lines = [f"{'ms':28s}" + "".join(f"{name:>17s}" for name in names)]
+    for part in (*NETWORK, *REST):
+        lines.append(f"{part:28s}" + "".join(f"{1000 * result['split'][name][part]:17.1f}" for name in names))
+    lines.append(f"{'in all':28s}" + "".join(f"{1000 * result['seconds'][name]:17.1f}" for name in names))
+    lines += [f"{name:28s}{result[name]:17.3f}" for name in result if " / " in name]
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -157,31 +232,21 @@ def main() -> None:
     parser.add_argument("--dataset", help="data set folder; noise without one")
     parser.add_argument("--batch", type=int, help="images a step")
     parser.add_argument("--classes", type=int, default=20, help="classes of the noise")
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--track", action="store_true", help="log every step to MLflow")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--straightforward", action="store_true", help="compare with a step without care for its time")
+    parser.add_argument("--out", metavar="FILE", help="write the result as JSON")
     given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    config = load_config(given.experiment, given.set)
     # One worker, random weights: the time of a step does not depend on what the weights are.
-    changes: dict[str, Any] = {"workers": 1, "training.warmup_iters": 0, "model.checkpoint": None}
+    changes: dict[str, Any] = {"workers": 1, "model.checkpoint": None}
     if given.batch:
         changes["training.batch_size"] = given.batch
-    config = apply_overrides(config, changes)
-    with ExitStack() as stack:
-        tracker = tracker_in(stack.enter_context(TemporaryDirectory()), config) if given.track else None
-        measured = measure(config, given.steps, given.dataset, given.classes, tracker)
-        if tracker is not None:
-            tracker.finish("FINISHED")
-    medians = {part: statistics.median(one.get(part, 0.0) for one in measured) for part in (*PARTS, "step")}
-    if given.json:
-        machine = {"threads": given.threads, "torch": torch.__version__, "cuda": torch.cuda.is_available()}
-        print(json.dumps({"experiment": given.experiment, "median_seconds": medians, "steps": given.steps, **machine}))
-        return
-    print(f"{given.experiment}, batch {config.training.batch_size}, {given.threads} threads: median of {given.steps}")
-    for part, seconds in medians.items():
-        print(f"  {part:26s} {1000 * seconds:9.1f} ms {100 * seconds / medians['step']:6.1f} %")
+    config = apply_overrides(load_config(given.experiment, given.set), changes)
+    result = measure(config, given.rounds, given.dataset, given.classes, given.threads, given.straightforward)
+    result |= {"experiment": given.experiment, "batch": config.training.batch_size, "rounds": given.rounds}
+    print(f"{given.experiment}, batch {result['batch']}, {result['precision']}, median of {given.rounds} rounds")
+    print(f"{json.dumps(result['machine'])}\n{table(result)}")
+    save(result, given.out)
 
 
 if __name__ == "__main__":

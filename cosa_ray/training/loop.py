@@ -9,7 +9,6 @@ from collections.abc import Generator
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,15 +17,14 @@ from cosa_ray.config.schema import Config
 from cosa_ray.data.dataset import open_dataset
 from cosa_ray.data.loader import TrainingBatch, training_batches
 from cosa_ray.evaluation.evaluate import best_metric, evaluate, metric_prefix
-from cosa_ray.evaluation.inference import autocast_dtype
 from cosa_ray.evaluation.trained import Description
-from cosa_ray.method.schedule import phase
-from cosa_ray.method.step import MicroBatch, StepOutput, classification_step, cotraining_step, fill_step
+from cosa_ray.method.step import StepOutput
 from cosa_ray.tracking.tracker import Tracking, open_tracker
-from cosa_ray.training.distributed import Agreed, StepStatus, Workers, join_workers, torch_settings
+from cosa_ray.training.distributed import Agreed, Workers, join_workers, torch_settings
 from cosa_ray.training.lease import check_held
 from cosa_ray.training.session import Progress, Session
 from cosa_ray.training.state import TrainState
+from cosa_ray.training.stepping import Stepper
 from cosa_ray.training.storage import CheckpointEntry, CheckpointStore, RunFolder, patiently
 
 log = logging.getLogger(__name__)
@@ -89,16 +87,10 @@ class _Run:
         latest = patiently(self.checkpoints.latest, "the list of checkpoints", session.alive)
         fresh = latest is None and job.init_from is None
         self.state = TrainState(config, self.dataset.num_classes, workers.device, initialise=fresh)
-        self.autocast = autocast_dtype(config, workers.device)
-        self.status = StepStatus(workers)
         self.metrics: dict[str, float] = {}
         self._restore(latest)
         self.tracker = open_tracker(job.tracking if workers.rank == 0 else None)
-        self._wrapped: tuple[str, torch.nn.Module] | None = None
-        if config.training.compile:
-            # Every input size is compiled on its own: three scales of AN, with and without its decoder, are over 8.
-            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-            self.state.assignment.compile()
+        self.stepper = Stepper(self.state, workers)
         self._marks: list[tuple[float, int]] = [(time.perf_counter(), self.state.step)]
         self._waited = 0.0
         self._shown = 0.0
@@ -136,7 +128,7 @@ class _Run:
                 keep = milestone or state.step % config.checkpoint.every == 0
                 if keep or (flags[0] is not None and (flags[0].stop or flags[0].leaving)):
                     # The step just taken has flags of its own: a checkpoint must not hold what nobody has read.
-                    flags.append(self.status.read())
+                    flags.append(self.stepper.agreed())
                 agreed = [each for each in flags if each is not None]
                 for each in agreed:
                     if each.bad:
@@ -170,76 +162,12 @@ class _Run:
 
     def _step(self, batch: TrainingBatch) -> Agreed | None:
         """One optimiser step; returns what the workers agreed on after the step before."""
-        config, state, workers = self.config, self.state, self.workers
-        step, log_now = state.step, (state.step + 1) % config.tracking.log_every == 0
-        self.session.alive()
-        now = self._phase(step)
-        micro_batches = self._micro_batches(batch)
-        common: dict[str, Any] = {
-            "global_batch": config.training.batch_size,
-            "world": workers.world,
-            "autocast": self.autocast,
-        }
-        if now == "cotraining":
-            output = cotraining_step(
-                self._wrap("cotraining", state.online),
-                state.assignment,
-                micro_batches,
-                state.thresholds,
-                config,
-                step,
-                sum_over_workers=workers.sum,
-                **common,
-            )
-        else:
-            classification = self._wrap("warmup", state.online.classification)
-            output = classification_step(classification, micro_batches, config, **common)
-            if now == "filling":
-                filled = fill_step(
-                    state.assignment,
-                    micro_batches,
-                    state.thresholds,
-                    config,
-                    sum_over_workers=workers.sum,
-                    autocast=self.autocast,
-                )
-                output = output._replace(proposal=filled)
-            if config.training.decoder_in_warmup:
-                for parameter in state.online.decoder_parameters():
-                    parameter.grad = torch.zeros_like(parameter)
-        agreed = self.status.read()
-        norm = state.gradient_norm()
-        named = output.losses | {"gradient": norm}
-        finite = self.status.share(step + 1, named, self.session.stop_wished(), self.session.leaving())
-        state.optimise(finite, norm)
-        if output.proposal is not None:
-            state.thresholds.commit(output.proposal, finite)
-        if log_now:
-            self._log(output, norm)
-        return agreed
-
-    def _wrap(self, name: str, module: torch.nn.Module) -> torch.nn.Module:
-        """The module under DDP, rebuilt when co-training starts so that no parameter ever lacks a gradient."""
-        if self._wrapped is None or self._wrapped[0] != name:
-            if self.config.training.compile:
-                module.compile()
-            self._wrapped = (name, self.workers.wrap(module))
-        return self._wrapped[1]
-
-    def _phase(self, step: int) -> str:
-        dynamic = self.config.dynamic_threshold
-        return phase(self.config.training, step, dynamic.batches if dynamic.enabled else 0)
-
-    def _micro_batches(self, batch: TrainingBatch) -> list[MicroBatch]:
-        device, network = self.workers.device, self.state.online
-        weak, strong = (network.normalise(view.to(device, non_blocking=True)) for view in (batch.weak, batch.strong))
-        whole = (
-            weak,
-            strong,
-            *(part.to(device, non_blocking=True) for part in (batch.labels, batch.box, batch.position)),
-        )
-        pieces = [part.tensor_split(self.config.training.accumulate) for part in whole]
-        return [MicroBatch(*piece) for piece in zip(*pieces, strict=True)]
+        session = self.session
+        session.alive()
+        taken = self.stepper.take(batch, lambda: (session.stop_wished(), session.leaving()))
+        if self.state.step % self.config.tracking.log_every == 0:
+            self._log(taken.output, taken.norm)
+        return taken.before
 
     def _log(self, output: StepOutput, norm: Tensor) -> None:
         """Log a step: the only place where a step waits for the device."""
@@ -288,7 +216,7 @@ class _Run:
                 run=self.job.name,
                 step=self.state.step,
                 steps=total,
-                phase=self._phase(max(0, self.state.step - 1)),
+                phase=self.stepper.phase(max(0, self.state.step - 1)),
                 loss=self.metrics.get("train/loss"),
                 miou=self.metrics.get(self.checkpoints.metric),
                 images_per_second=rate,
@@ -315,7 +243,7 @@ class _Run:
                 world=self.workers.world,
                 sum_over_workers=self.workers.sum,
                 device=self.workers.device,
-                autocast=self.autocast,
+                autocast=self.stepper.autocast,
                 each_batch=self.session.alive,
             )
         self.metrics = {**{k: v for k, v in self.metrics.items() if k.startswith("train/")}, **result.metrics}

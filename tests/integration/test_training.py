@@ -257,9 +257,9 @@ def test_a_non_finite_loss_stops_the_run_and_is_named(tiny: Make) -> None:
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_too(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    import cosa_ray.training.loop as loop
+    import cosa_ray.training.stepping as stepping
 
-    original, calls = loop.classification_step, []
+    original, calls = stepping.classification_step, []
 
     def poisoned(online: torch.nn.Module, *rest: Any, **named: Any) -> Any:
         output = original(online, *rest, **named)
@@ -268,7 +268,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_too(tiny: Make, monkeypatch
             next(online.parameters()).grad[0] = torch.inf  # type: ignore[index]
         return output
 
-    monkeypatch.setattr(loop, "classification_step", poisoned)
+    monkeypatch.setattr(stepping, "classification_step", poisoned)
     config = tiny(checkpoint__every=1)
     with pytest.raises(RunFailed, match=r": gradient not finite at step 4"):
         train(config, name="overflow", local=True, track=False)

@@ -1,0 +1,68 @@
+"""What a step looks like without care for its time: the same numbers, made one pass and one parameter at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cosa_ray.method.assignment import Assignment, min_max_, resize
+from cosa_ray.method.network import Network, mixed_precision, scaled_size
+
+
+@torch.no_grad()
+def assign_one_by_one(
+    network: Network,
+    images: Tensor,
+    scales: Sequence[float],
+    flip: bool,
+    *,
+    stride: int = 1,
+    segment: bool = True,
+    autocast: torch.dtype | None = None,
+) -> Assignment:
+    """As `assign`, with a pass of its own for each flip, and every map at the output size before it is fused."""
+    network.eval()
+    height, width = images.shape[-2:]
+    size = (height // stride, width // stride)
+    fused: list[list[Tensor]] = [[], [], []]
+    for scale in scales:
+        view = resize(images, scaled_size(network, height, width, scale))
+        maps: list[list[Tensor]] = [[], [], []]
+        for turned in (False, True) if flip else (False,):
+            with mixed_precision(images.device, autocast):
+                outputs = network(view.flip(-1) if turned else view, segment=segment)
+            for kind, logits in enumerate((outputs.cam, outputs.cam_aux, outputs.seg)):
+                if logits is not None:
+                    large = resize(logits.float(), size)
+                    maps[kind].append(large.flip(-1) if turned else large)
+        for kind in (0, 1):
+            fused[kind].append(torch.stack(maps[kind]).amax(0).relu())
+        fused[2] += maps[2]
+    cam, cam_aux = (min_max_(torch.stack(fused[kind]).sum(0)) for kind in (0, 1))
+    return Assignment(cam, cam_aux, torch.stack(fused[2]).sum(0) if segment else None)
+
+
+@torch.no_grad()
+def ema_by_parameter(assignment: nn.Module, online: nn.Module, momentum: float, finite: Tensor) -> None:
+    """As `ema_update`, parameter by parameter."""
+    for theirs, ours in zip(assignment.parameters(), online.parameters(), strict=True):
+        theirs.copy_(torch.where(finite != 0, momentum * theirs + (1 - momentum) * ours, theirs))
+    for mine, source in zip(assignment.buffers(), online.buffers(), strict=True):
+        mine.copy_(torch.where(finite != 0, source, mine))
+
+
+class PlainAdamW(torch.optim.AdamW):
+    """AdamW over one parameter after the other, which asks the host whether the step was finite."""
+
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
+        super().__init__(groups, foreach=False, fused=False)
+
+    def step(self, closure: Any = None) -> None:
+        """One step, unless a run's `found_inf` says that it is not finite."""
+        found = self.__dict__.pop("found_inf", None)
+        self.__dict__.pop("grad_scale", None)
+        if found is None or not found.item():
+            super().step(closure)

@@ -1,0 +1,133 @@
+"""The step benchmark: what it compares gives the same numbers, and it needs no more than a bare GPU machine has."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import re
+import subprocess
+import sys
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+
+from cosa_ray.config.load import load_config
+from cosa_ray.method.assignment import assign
+from cosa_ray.method.ema import ema_update
+from cosa_ray.method.network import Network, build_network
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from straightforward import PlainAdamW, assign_one_by_one, ema_by_parameter  # noqa: E402
+
+TINY = [
+    "views.crop=48",
+    "model.backbone_args={patch_size: 8, embed_dim: 32, depth: 2, num_heads: 2, class_token: false, global_pool: ''}",
+    "model.aux=0",
+    "model.decoder_width=16",
+    "training.batch_size=2",
+    "training.precision=fp32",
+]
+
+
+@pytest.fixture
+def network() -> Network:
+    torch.manual_seed(0)
+    return build_network(load_config("shapes", TINY).model, 3, image_size=48)
+
+
+@pytest.mark.parametrize("flip", [True, False])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_one_by_one_gives_the_same_assignments(flip: bool, stride: int, network: Network) -> None:
+    images = torch.randn(2, 3, 48, 48)
+    mine = assign(network, images, (1.0, 0.5, 1.5), flip, stride=stride)
+    plain = assign_one_by_one(network, images, (1.0, 0.5, 1.5), flip, stride=stride)
+    for one, other in zip(mine, plain, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+def test_parameter_by_parameter_is_the_same_average(network: Network) -> None:
+    online = deepcopy(network)
+    with torch.no_grad():
+        for parameter in online.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    mine, plain = deepcopy(network), deepcopy(network)
+    for finite in (torch.ones(()), torch.zeros(())):
+        ema_update(mine, online, 0.9, finite)
+        ema_by_parameter(plain, online, 0.9, finite)
+    for one, other in zip(mine.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_the_plain_optimiser_takes_the_same_steps(network: Network) -> None:
+    networks = [network, deepcopy(network)]
+    fused, plain = (torch.optim.AdamW(networks[0].parameters(), lr=1e-2, fused=True), None)
+    plain = PlainAdamW([{"params": list(networks[1].parameters()), "lr": 1e-2}])
+    for found in (0.0, 0.0, 1.0):
+        for each, optimiser in zip(networks, (fused, plain), strict=True):
+            for parameter in each.parameters():
+                parameter.grad = torch.ones_like(parameter) if found == 0.0 else torch.full_like(parameter, torch.inf)
+            optimiser.grad_scale, optimiser.found_inf = None, torch.tensor(found)
+            optimiser.step()
+    for one, other in zip(*(each.parameters() for each in networks), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def _needed(*packages: str) -> set[str]:
+    """Import names of packages and of all that they need, where they are installed."""
+    seen: set[str] = set()
+    pending = list(packages)
+    while pending:
+        name = re.split(r"[\[<>=~! ;(]", pending.pop())[0].lower().replace("_", "-")
+        try:
+            distribution = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        if name in seen:
+            continue
+        seen.add(name)
+        pending += [one for one in distribution.requires or [] if "extra ==" not in one]
+    owners = importlib.metadata.packages_distributions()
+    return {root for root, names in owners.items() if seen & {n.lower().replace("_", "-") for n in names}}
+
+
+def test_it_runs_on_torch_timm_numpy_pyarrow_and_pydantic_alone(tmp_path: Path) -> None:
+    """On a data set, straightforward step included, with every other package of this environment hidden."""
+    from cosa_ray.data.importing import import_dataset
+
+    import_dataset("shapes", None, str(tmp_path / "shapes"), train=8, val=2, size=48, local=True)
+    allowed = _needed("torch", "timm", "numpy", "pyarrow", "pydantic")
+    installed = set(importlib.metadata.packages_distributions())
+    assert {"ray", "mlflow", "skimage", "sklearn"} <= installed - allowed
+    words = ["shapes", "--rounds", "2", "--threads", "1", "--straightforward", "--dataset", str(tmp_path / "shapes")]
+    for one in TINY:
+        words += ["--set", one]
+    script = (
+        "import runpy, sys\n"
+        "from importlib.machinery import PathFinder\n"
+        f"hidden = {sorted(installed - allowed - {'cosa_ray'})!r}\n"
+        "class Bare(PathFinder):\n"
+        "    @classmethod\n"
+        "    def find_spec(cls, name, path=None, target=None):\n"
+        "        return None if name.split('.')[0] in hidden else super().find_spec(name, path, target)\n"
+        "sys.meta_path = [Bare if finder is PathFinder else finder for finder in sys.meta_path]\n"
+        f"sys.argv = ['step_time.py', *{words!r}, '--out', {str(tmp_path / 'out.json')!r}]\n"
+        f"sys.path.insert(0, {str(ROOT / 'benchmarks')!r})\n"
+        f"runpy.run_path({str(ROOT / 'benchmarks' / 'step_time.py')!r}, run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert set(found["seconds"]) == {"bare", "step", "straightforward", "bare fp32"}
+    for name, whole in found["seconds"].items():
+        parts = found["split"][name]
+        assert sum(parts.values()) == pytest.approx(whole, rel=0.5)
+        for part in ("assignment network", "online forward", "backward", "optimiser"):
+            assert parts[part] > 0, (name, part)
+        for part in ("data", "scales and fusion", "pseudo-labels and losses"):
+            assert (parts[part] > 0) == ("bare" not in name), (name, part)
+    assert found["step / bare"] > 0
+    assert "step / bare" in done.stdout
