@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 import time
 from collections.abc import Generator
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,6 +19,7 @@ from cosa_ray.evaluation.trained import Description
 from cosa_ray.method.step import StepOutput
 from cosa_ray.tracking.tracker import Tracking, open_tracker
 from cosa_ray.training.distributed import Agreed, Workers, join_workers, torch_settings
+from cosa_ray.training.keeping import CheckpointWriter
 from cosa_ray.training.lease import check_held
 from cosa_ray.training.session import Progress, Session
 from cosa_ray.training.state import TrainState
@@ -88,25 +87,36 @@ class _Run:
         fresh = latest is None and job.init_from is None
         self.state = TrainState(config, self.dataset.num_classes, workers.device, initialise=fresh)
         self.metrics: dict[str, float] = {}
+        self._seconds_before = 0.0
+        self._kept = latest.step if latest is not None else None
         self._restore(latest)
         self.tracker = open_tracker(job.tracking if workers.rank == 0 else None)
         self.stepper = Stepper(self.state, workers)
+        self.writer = CheckpointWriter(
+            self.checkpoints,
+            config,
+            self.dataset.card,
+            guard=lambda: check_held(self.folder, job.lease, f"run {job.name}"),
+            flush=self.tracker.flush,
+            alive=session.alive,
+        )
         self._marks: list[tuple[float, int]] = [(time.perf_counter(), self.state.step)]
         self._waited = 0.0
         self._shown = 0.0
         self._started = time.perf_counter()
-        self._seconds_before = self.state.worker_seconds
 
     def train(self) -> Outcome:
         """Run to the end, a stop, or a non-finite loss; the tracker is told how it ended."""
         outcome = Outcome("failed", self.state.step, "the worker was interrupted")
         try:
             outcome = self._steps()
+            self.writer.wait()
             return outcome
         except Exception as error:
             outcome = Outcome("failed", self.state.step, f"{type(error).__name__}: {error}")
             raise
         finally:
+            self.writer.close()
             self.tracker.finish(_STATUS.get(outcome.state, "FAILED"))
             self.session.close()
 
@@ -134,12 +144,16 @@ class _Run:
                     if each.bad:
                         return Outcome("diverged", state.step, f"{', '.join(each.bad)} not finite at step {each.step}")
                 stop = any(each.stop for each in agreed)
-                keep = keep or any(each.leaving for each in agreed)
+                leaving = any(each.leaving for each in agreed)
+                keep = keep or leaving
                 self._show()
+                writing = (keep or stop) and self._begin_checkpoint()
                 if milestone:
                     self._evaluate()
-                if keep or stop:
-                    self._checkpoint(self.metrics if milestone else {})
+                if writing:
+                    self._complete_checkpoint(self.metrics if milestone else {})
+                if milestone or leaving:
+                    self.writer.wait()  # a scheduler goes on from what it is told of, a machine will not be there
                 if milestone:
                     self._report()
                 if stop and state.step < total:
@@ -164,6 +178,8 @@ class _Run:
         """One optimiser step; returns what the workers agreed on after the step before."""
         session = self.session
         session.alive()
+        if self.writer.failed():
+            self.writer.wait()
         taken = self.stepper.take(batch, lambda: (session.stop_wished(), session.leaving()))
         if self.state.step % self.config.tracking.log_every == 0:
             self._log(taken.output, taken.norm)
@@ -256,37 +272,27 @@ class _Run:
         self._marks = [(time.perf_counter(), self.state.step)]
         self._show(force=True)
 
-    def _checkpoint(self, metrics: dict[str, float]) -> None:
-        """Upload and register this step's state; everything logged so far is safe before it counts."""
-        if self.workers.rank:
-            return
-        state = self.state
-        latest = self.checkpoints.latest()
-        if latest is not None and latest.step == state.step:
-            return
-        state.worker_seconds = self._worker_seconds()
+    def _begin_checkpoint(self) -> bool:
+        """Start to upload this step's state, on rank 0; False where it is kept already."""
+        if self.workers.rank or self._kept == self.state.step:
+            return False
+        self._kept = self.state.step
+        self.writer.begin(self.state.snapshot())
+        return True
+
+    def _complete_checkpoint(self, metrics: dict[str, float]) -> None:
+        """Register what was begun; everything logged so far is safe before it counts."""
         online, assignment = (metrics.get(f"{self.prefix}/{name}", 0.0) for name in ("miou_online", "miou"))
         description = Description(
             run=self.job.name,
-            step=state.step,
+            step=self.state.step,
             classes=list(self.dataset.classes),
             metrics=metrics,
             better_network="online" if online > assignment else "assignment",
-            worker_seconds=state.worker_seconds,
-            thresholds=state.threshold_values(),
+            worker_seconds=self._worker_seconds(),
+            thresholds=self.state.threshold_values(),
         )
-        patiently(lambda: self._keep(description, metrics), f"the checkpoint of step {state.step}", self.session.alive)
-
-    def _keep(self, description: Description, metrics: dict[str, float]) -> None:
-        """Write the state to storage and make it count; doing it again does no harm."""
-        state = self.state
-        check_held(self.folder, self.job.lease, f"run {self.job.name}")
-        with tempfile.TemporaryDirectory(prefix="cosa-ray-checkpoint-") as temporary:
-            state.save(Path(temporary), self.dataset.card, description)
-            name = self.checkpoints.upload(Path(temporary), state.step)
-        self.tracker.flush()
-        check_held(self.folder, self.job.lease, f"run {self.job.name}")
-        self.checkpoints.register(name, state.step, metrics)
+        self.writer.complete(description, metrics)
 
     def _report(self) -> None:
         """Hand the newest evaluation to the scheduler; evaluations without the metric it orders by are left out."""
@@ -304,6 +310,7 @@ class _Run:
         if latest is not None:
             with self.folder.local_copy(latest.name) as local:
                 self.state.load(local)
+                self._seconds_before = Description.read(local).worker_seconds
             self.metrics = dict(latest.metrics)
         elif self.job.init_from is not None:
             source = RunFolder(self.job.init_from)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,30 @@ def backbone_weights(config: Config) -> dict[str, Tensor] | None:
 _SETTINGS = ("base_lr", "betas", "weight_decay")  # of a parameter group
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """A state as it was after a step, on the CPU, for a checkpoint that is written while the run goes on.
+
+    `ready`: the event on a GPU after which its copies are there; None where they are.
+    """
+
+    step: int
+    online: dict[str, Tensor]
+    assignment: dict[str, Tensor]
+    rest: dict[str, Any]
+    ready: torch.cuda.Event | None
+
+    def write(self, folder: Path, config: Config, card: DatasetCard) -> None:
+        """Write all of a checkpoint but its description into a local folder."""
+        if self.ready is not None:
+            self.ready.synchronize()
+        save_file(self.online, folder / ONLINE)
+        save_file(self.assignment, folder / ASSIGNMENT)
+        torch.save(self.rest, folder / FULL_STATE)
+        (folder / CONFIG).write_text(dump_config(config), encoding="utf-8")
+        (folder / CARD).write_text(card.model_dump_json(), encoding="utf-8")
+
+
 class TrainState:
     """Both networks, the optimiser, the thresholds and the number of steps done, on one device."""
 
@@ -76,7 +101,6 @@ class TrainState:
             group["base_lr"] = group["lr"]
         self.thresholds = DynamicThresholds(config.dynamic_threshold, config.pseudo_labels, device)
         self.step = 0
-        self.worker_seconds = 0.0
 
     def threshold_values(self) -> dict[str, float]:
         """Current thresholds by name, on the host."""
@@ -116,22 +140,24 @@ class TrainState:
         ema_update(self.assignment, self.online, momentum, finite)
         self.step += 1
 
+    def snapshot(self) -> Snapshot:
+        """A copy of everything that the run is, which later steps do not change; a GPU is not waited for."""
+        rest = {
+            "step": self.step,
+            "optimiser": self.optimiser.state_dict(),
+            "thresholds": self.thresholds.state_dict(),
+            "rng": torch.get_rng_state(),
+        }
+        online, assignment = _copied(self.online.state_dict()), _copied(self.assignment.state_dict())
+        rest, ready = _copied(rest), None
+        if self.thresholds.current.device.type == "cuda":
+            ready = torch.cuda.Event()
+            ready.record()
+        return Snapshot(self.step, online, assignment, rest, ready)
+
     def save(self, folder: Path, card: DatasetCard, description: Description) -> None:
         """Write weights, full state, config and description into a local folder."""
-        save_file(_detached(self.online.state_dict()), folder / ONLINE)
-        save_file(_detached(self.assignment.state_dict()), folder / ASSIGNMENT)
-        torch.save(
-            {
-                "step": self.step,
-                "optimiser": self.optimiser.state_dict(),
-                "thresholds": self.thresholds.state_dict(),
-                "rng": torch.get_rng_state(),
-                "worker_seconds": self.worker_seconds,
-            },
-            folder / FULL_STATE,
-        )
-        (folder / CONFIG).write_text(dump_config(self.config), encoding="utf-8")
-        (folder / CARD).write_text(card.model_dump_json(), encoding="utf-8")
+        self.snapshot().write(folder, self.config, card)
         description.write(folder)
 
     def load(self, folder: Path) -> None:
@@ -159,7 +185,6 @@ class TrainState:
         self.thresholds.load_state_dict(state["thresholds"])
         torch.set_rng_state(state["rng"])
         self.step = int(state["step"])
-        self.worker_seconds = float(state["worker_seconds"])
 
     def load_networks(self, folder: Path) -> None:
         """Restore both networks' weights from a checkpoint folder."""
@@ -173,5 +198,13 @@ class TrainState:
             read_weights(folder, network, ONLINE if better == "online" else ASSIGNMENT)
 
 
-def _detached(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+def _copied(value: Any) -> Any:
+    """A copy on the CPU of every tensor in nested dicts and lists."""
+    if isinstance(value, Tensor):
+        value = value.detach()
+        if value.device.type == "cpu":
+            return value.clone(memory_format=torch.contiguous_format)
+        return torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
+    if isinstance(value, Mapping):
+        return {key: _copied(each) for key, each in value.items()}
+    return [_copied(each) for each in value] if isinstance(value, list) else value
