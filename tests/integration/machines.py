@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.integration.team_server import Process
+from tests.integration.team_server import START_SECONDS, Process
 
 
 class Machines:
@@ -32,18 +32,23 @@ class Machines:
     def add(self, cpus: float) -> Any:
         """A machine more; returns when the cluster has it."""
         node = self.cluster.add_node(num_cpus=cpus)
-        self.cluster.wait_for_nodes()
+        self.cluster.wait_for_nodes(START_SECONDS)
         return node
 
     def start(self, cpus: float, log: Path) -> Process:
         """A machine more, as an operator starts one: `ray start --block`, which SIGTERM tells to go in a while."""
         import ray
 
-        before = sum(node["Alive"] for node in ray.nodes())
+        # By their ids: one that was killed a moment ago counts as alive for a while.
+        before = {node["NodeID"] for node in ray.nodes()}
         command = [str(Path(sys.executable).parent / "ray"), "start", f"--address={self.cluster.address}"]
         command += [f"--num-cpus={cpus}", "--block", "--disable-usage-stats"]
         process = Process(command, log, os.environ)
-        process.wait_until(lambda: sum(node["Alive"] for node in ray.nodes()) > before)
+        try:
+            process.wait_until(lambda: any(node["Alive"] and node["NodeID"] not in before for node in ray.nodes()))
+        except RuntimeError:
+            process.kill()  # no test after this one expects it
+            raise
         return process
 
     def kill(self, node: Any) -> None:
