@@ -10,6 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+# Before torch is imported, and for all that tests start: threads that wait actively take the cores from one another.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 from cosa_ray.config.load import apply_overrides, load_config
 from cosa_ray.config.schema import Config
 

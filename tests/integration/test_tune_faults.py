@@ -86,9 +86,9 @@ def assert_whole(uri: str, result: dict, steps: int) -> None:
 
 
 def test_a_killed_driver_loses_nothing(ray_cluster: str, tiny: Make, tmp_path: Path) -> None:
-    """kill -9 in the middle: the sweep goes on, ended trials are left alone, the search goes where it would have."""
-    base = tiny(training__steps=60, evaluation__every=30, checkpoint__every=20)
-    write_sweep(tmp_path, base, trials=3, concurrency=1, search_seed=4)
+    """kill -9 in the middle: the sweep goes on with the trial that ran, and the one that had ended is left alone."""
+    base = tiny(training__steps=40, evaluation__every=20, checkpoint__every=20)
+    write_sweep(tmp_path, base, trials=2, concurrency=1, search_seed=4)
     first = start(tmp_path, ray_cluster, "cut")
     # The first has ended, the second is on its way.
     wait_until(lambda: checkpointed(tmp_path, "cut", 2), first)
@@ -114,11 +114,11 @@ def test_a_killed_driver_loses_nothing(ray_cluster: str, tiny: Make, tmp_path: P
     result = json.loads(second.communicate(timeout=400)[0])
     assert second.returncode == 0, (tmp_path / "err.log").read_text()
     assert [(trial["id"], trial["state"], trial["step"]) for trial in result["trials"]] == [
-        (number, "finished", 60) for number in ("000", "001", "002")
+        (number, "finished", 40) for number in ("000", "001")
     ]
     assert {file: file.stat().st_mtime_ns for file in weights.rglob("*") if file in untouched} == untouched
-    assert [trial["values"] for trial in result["trials"]][:2] == [before[f"00{n}.json"]["values"] for n in (0, 1)]
-    assert_whole(base.tracking.uri or "", result, 60)
+    assert [trial["values"] for trial in result["trials"]] == [before[f"00{n}.json"]["values"] for n in (0, 1)]
+    assert_whole(base.tracking.uri or "", result, 40)
     assert idle(ray_cluster)
 
 
