@@ -158,6 +158,9 @@ class Evaluation(Section):
     )
     flip: bool = Field(True, description="Add the horizontal flip of every scale.")
     batch_size: Count = Field(8, description="Images a forward pass and worker.")
+    asynchronous: bool = Field(
+        False, description="Evaluate in a task of Ray's beside the workers, which needs room for one worker more."
+    )
     cam_threshold: OpenFraction = Field(0.5, description="Fixed background threshold of cam_miou_at_*.")
     panel_images: CountOrZero = Field(6, description="Validation images drawn in the panel of every evaluation.")
 
@@ -315,6 +318,11 @@ class Config(Section):
             raise ValueError(
                 "workers as a range needs resources.cpus_per_worker (or gpus_per_worker), because it says how many "
                 "workers have room on the machines there are"
+            )
+        if isinstance(self.workers, Elastic) and self.evaluation.asynchronous:
+            raise ValueError(
+                "evaluation.asynchronous needs a number of workers, because a range of them takes the room that the "
+                "evaluation beside them would have; set workers to a number, or evaluation.asynchronous to false"
             )
         if gpus % 1 and (most > 1 or gpus > 1):
             raise ValueError(

@@ -70,6 +70,10 @@ def train(
     name = check_name(name or time.strftime("run-%Y%m%d-%H%M%S"))
     if local and config.least_workers > 1:
         raise UserError(f"--local is one process, but workers is at least {config.least_workers}; add --set workers=1.")
+    if local and config.evaluation.asynchronous:
+        raise UserError(
+            "--local is one process, and evaluation.asynchronous needs Ray's for a second; set it to false."
+        )
     config = resolve(config, track)
     run = resume_run(name, config) if resume else None
     if run is None:

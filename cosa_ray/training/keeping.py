@@ -5,8 +5,10 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from pathlib import Path
 
+from cosa_ray.config.protocol import NetworkName
 from cosa_ray.config.schema import Config
 from cosa_ray.data.card import DatasetCard
 from cosa_ray.evaluation.trained import Description
@@ -49,14 +51,27 @@ class CheckpointWriter:
         self.wait()
         self._uploaded = self._start(lambda: self._upload(snapshot), f"the checkpoint of step {snapshot.step}")
 
-    def complete(self, description: Description, metrics: dict[str, float]) -> None:
-        """Have the checkpoint that was begun described and registered, and return."""
+    def complete(self, description: Description, metrics: dict[str, float], *, awaited: bool = False) -> None:
+        """Have the checkpoint that was begun described and registered, and return.
+
+        awaited: it is kept until `revise` brings the metrics of an evaluation beside the run.
+        """
         uploaded = self._uploaded
         assert uploaded is not None
         self._start(
-            lambda: self._register(uploaded.result(), description, metrics),
+            lambda: self._register(uploaded.result(), description, metrics, awaited),
             f"registering the checkpoint of step {description.step}",
         )
+
+    def revise(self, name: str, better: NetworkName, metrics: dict[str, float]) -> None:
+        """Have the metrics of a registered checkpoint added to its description and to the index, and return."""
+
+        def add() -> str:
+            with self._store.folder.local_copy(name) as local:
+                said = replace(Description.read(local), metrics=metrics, better_network=better)
+            return self._register(name, said, metrics, False)
+
+        self._start(add, f"the metrics of {name}")
 
     def wait(self) -> None:
         """Return once all that was started counts. Raises what went wrong."""
@@ -86,12 +101,12 @@ class CheckpointWriter:
             snapshot.write(Path(temporary), self._config, self._card)
             return self._store.upload(Path(temporary), snapshot.step)
 
-    def _register(self, name: str, description: Description, metrics: dict[str, float]) -> str:
+    def _register(self, name: str, description: Description, metrics: dict[str, float], awaited: bool) -> str:
         self._guard()
         with tempfile.TemporaryDirectory(prefix="cosa-ray-checkpoint-") as temporary:
             description.write(Path(temporary))
             self._store.upload(Path(temporary), description.step)
         self._flush()
         self._guard()
-        self._store.register(name, description.step, metrics)
+        self._store.register(name, description.step, metrics, awaited=awaited)
         return name

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from cosa_ray.config.protocol import NetworkName
 from cosa_ray.config.schema import Config
 from cosa_ray.data.dataset import open_dataset
 from cosa_ray.data.loader import TrainingBatch, training_batches
@@ -25,6 +27,10 @@ from cosa_ray.training.session import Progress, Session
 from cosa_ray.training.state import TrainState
 from cosa_ray.training.stepping import Stepper
 from cosa_ray.training.storage import CheckpointEntry, CheckpointStore, RunFolder, patiently
+from cosa_ray.training.validating import Awaited, Validated
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 log = logging.getLogger(__name__)
 PROGRESS_SECONDS = 1.0
@@ -83,7 +89,9 @@ class _Run:
         self.folder = RunFolder(job.folder)
         self.prefix = metric_prefix(config, len(self.val_split))
         self.checkpoints = CheckpointStore(self.folder, best_metric(config, self.prefix))
-        latest = patiently(self.checkpoints.latest, "the list of checkpoints", session.alive)
+        entries = patiently(self.checkpoints.entries, "the list of checkpoints", session.alive)
+        latest = max(entries, key=lambda entry: entry.step, default=None)
+        self._asked = [entry for entry in entries if entry.awaited]
         fresh = latest is None and job.init_from is None
         self.state = TrainState(config, self.dataset.num_classes, workers.device, initialise=fresh)
         self.metrics: dict[str, float] = {}
@@ -100,6 +108,7 @@ class _Run:
             flush=self.tracker.flush,
             alive=session.alive,
         )
+        self.awaited = Awaited(self.folder)
         self._marks: list[tuple[float, int]] = [(time.perf_counter(), self.state.step)]
         self._waited = 0.0
         self._shown = 0.0
@@ -116,6 +125,7 @@ class _Run:
             outcome = Outcome("failed", self.state.step, f"{type(error).__name__}: {error}")
             raise
         finally:
+            self.awaited.close()
             self.writer.close()
             self.tracker.finish(_STATUS.get(outcome.state, "FAILED"))
             self.session.close()
@@ -124,8 +134,13 @@ class _Run:
         config, state = self.config, self.state
         total = config.training.steps if self.job.pause_at is None else self.job.pause_at
         ended = "finished" if total >= config.training.steps else "paused"
-        # A restart: killed between its checkpoint and its report, an evaluation has not reached the scheduler.
+        # A restart: killed between its checkpoint and its report, an evaluation has not reached the scheduler, or what
+        # was to be evaluated beside the run has not been.
         self._report()
+        for entry in self._asked:
+            if self.workers.rank == 0:
+                self.awaited.ask(entry.step)
+            self.session.validate(entry.name, entry.step)
         if state.step >= total:
             return Outcome(ended, state.step)
         with closing(self._batches(total)) as batches:
@@ -148,16 +163,21 @@ class _Run:
                 keep = keep or leaving
                 self._show()
                 writing = (keep or stop) and self._begin_checkpoint()
-                if milestone:
+                beside = milestone and config.evaluation.asynchronous
+                if milestone and not beside:
                     self._evaluate()
                 if writing:
-                    self._complete_checkpoint(self.metrics if milestone else {})
+                    self._complete_checkpoint({} if beside or not milestone else self.metrics, awaited=beside)
                 if milestone or leaving:
                     self.writer.wait()  # a scheduler goes on from what it is told of, a machine will not be there
-                if milestone:
+                if beside:
+                    self._ask_for_evaluation()
+                elif milestone:
                     self._report()
                 if stop and state.step < total:
                     return Outcome("stopped", state.step)
+            if self.awaited:
+                self._take(self.awaited.rest(self.session.validated, self.session.alive))
         return Outcome(ended, state.step)
 
     def _batches(self, stop_step: int) -> Generator[TrainingBatch, None, None]:
@@ -180,6 +200,7 @@ class _Run:
         session.alive()
         if self.writer.failed():
             self.writer.wait()
+        self._take(self.awaited.arrived())
         taken = self.stepper.take(batch, lambda: (session.stop_wished(), session.leaving()))
         if self.state.step % self.config.tracking.log_every == 0:
             self._log(taken.output, taken.norm)
@@ -262,12 +283,8 @@ class _Run:
                 autocast=self.stepper.autocast,
                 each_batch=self.session.alive,
             )
-        self.metrics = {**{k: v for k, v in self.metrics.items() if k.startswith("train/")}, **result.metrics}
-        took = time.perf_counter() - began
-        self.tracker.log({**result.metrics, "perf/evaluation_seconds": took}, self.state.step)
-        if self.workers.rank == 0 and self.job.tracking is not None:  # nobody else looks at pictures
-            for name, picture in result.pictures().items():
-                self.tracker.log_image(name, picture, self.state.step)
+        pictures = result.pictures() if self.job.tracking is not None else {}  # nobody else looks at them
+        self._log_evaluation(result.metrics, time.perf_counter() - began, pictures, self.state.step)
         # Evaluations are no training time: leave them out of the rate.
         self._marks = [(time.perf_counter(), self.state.step)]
         self._show(force=True)
@@ -280,19 +297,44 @@ class _Run:
         self.writer.begin(self.state.snapshot())
         return True
 
-    def _complete_checkpoint(self, metrics: dict[str, float]) -> None:
+    def _complete_checkpoint(self, metrics: dict[str, float], *, awaited: bool) -> None:
         """Register what was begun; everything logged so far is safe before it counts."""
-        online, assignment = (metrics.get(f"{self.prefix}/{name}", 0.0) for name in ("miou_online", "miou"))
         description = Description(
             run=self.job.name,
             step=self.state.step,
             classes=list(self.dataset.classes),
             metrics=metrics,
-            better_network="online" if online > assignment else "assignment",
+            better_network=self._better(metrics),
             worker_seconds=self._worker_seconds(),
             thresholds=self.state.threshold_values(),
         )
-        self.writer.complete(description, metrics)
+        self.writer.complete(description, metrics, awaited=awaited)
+
+    def _better(self, metrics: dict[str, float]) -> NetworkName:
+        online, assignment = (metrics.get(f"{self.prefix}/{name}", 0.0) for name in ("miou_online", "miou"))
+        return "online" if online > assignment else "assignment"
+
+    def _ask_for_evaluation(self) -> None:
+        """Have the checkpoint of this step evaluated beside the run; every worker calls it."""
+        name, step = self.checkpoints.name(self.state.step), self.state.step
+        if self.workers.rank == 0:
+            self.awaited.ask(step)
+        self.session.validate(name, step)
+
+    def _take(self, evaluations: Sequence[Validated]) -> None:
+        """Log what evaluations beside the run have given, at the step of their checkpoint."""
+        for done in evaluations:
+            self._log_evaluation(done.metrics, done.seconds, done.pictures, done.step)
+            self.writer.revise(self.checkpoints.name(done.step), self._better(done.metrics), done.metrics)
+            self._show(force=True)
+
+    def _log_evaluation(self, metrics: dict[str, float], seconds: float, pictures: dict[str, Image], step: int) -> None:
+        """The metrics in force are now these; they and their pictures are logged."""
+        self.metrics = {**{k: v for k, v in self.metrics.items() if k.startswith("train/")}, **metrics}
+        self.tracker.log({**metrics, "perf/evaluation_seconds": seconds}, step)
+        if self.job.tracking is not None:  # nobody else looks at pictures
+            for name, picture in pictures.items():
+                self.tracker.log_image(name, picture, step)
 
     def _report(self) -> None:
         """Hand the newest evaluation to the scheduler; evaluations without the metric it orders by are left out."""

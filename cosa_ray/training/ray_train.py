@@ -23,6 +23,8 @@ from cosa_ray.training.loop import Job, Outcome, run_worker
 from cosa_ray.training.room import alive_nodes, cpus_per_worker
 from cosa_ray.training.runs import read_run
 from cosa_ray.training.session import RaySession, sentence_of
+from cosa_ray.training.storage import RunFolder
+from cosa_ray.training.validating import validate
 
 # Read by Ray Train when a run starts: workers keep the folder they are in, print once, and are looked at often.
 RAY_TRAIN_SETTINGS = {
@@ -136,6 +138,7 @@ def fit(job: Job, monitor: Any, callbacks: Sequence[Any] = ()) -> Outcome:
             use_gpu=config.resources.gpus_per_worker > 0,
             resources_per_worker={"CPU": job.cpus_per_worker, "GPU": config.resources.gpus_per_worker},
         ),
+        validation_config=_validation(job) if config.evaluation.asynchronous else None,
         run_config=ray.train.RunConfig(
             name=name,
             storage_path=storage,
@@ -172,6 +175,26 @@ def fit(job: Job, monitor: Any, callbacks: Sequence[Any] = ()) -> Outcome:
         run = read_run(job.folder)
         return Outcome("failed", run.step if run else 0, cause)
     return outcome
+
+
+def _validation(job: Job) -> Any:
+    """How Ray Train evaluates beside the workers: on as much as one worker has, again when its process dies.
+
+    Ray's list of what it has still to do is written for one Ray version and of no use: the run asks again.
+    """
+    import ray.train
+
+    RunFolder(job.folder).remove("checkpoint_manager_snapshot.json")
+    resources = job.config.resources
+    return ray.train.ValidationConfig(
+        fn=validate,
+        task_config=ray.train.ValidationTaskConfig(fn_kwargs={"folder": job.folder, "cpus": job.cpus_per_worker}),
+        ray_remote_kwargs={
+            "num_cpus": job.cpus_per_worker,
+            "num_gpus": resources.gpus_per_worker,
+            "max_retries": resources.max_failures,
+        },
+    )
 
 
 def _settings(config: Config) -> dict[str, str]:

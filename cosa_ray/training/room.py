@@ -74,7 +74,7 @@ def cpus_per_worker(config: Config, cluster: Sequence[Node], coming: Sequence[No
     `coming`: machines that an autoscaler may add; only workers of a stated size are sure to fit them. Raises UserError
     with the arithmetic when the fewest workers of the run cannot fit, instead of waiting for ever.
     """
-    workers, gpus = config.least_workers, config.resources.gpus_per_worker
+    workers, gpus = _seats(config), config.resources.gpus_per_worker
     each = config.resources.cpus_per_worker
     if each is not None:
         if slots([*cluster, *coming], each, gpus) >= workers:
@@ -91,8 +91,13 @@ def cpus_per_worker(config: Config, cluster: Sequence[Node], coming: Sequence[No
     raise _no_room(config, cluster, coming, each)
 
 
+def _seats(config: Config) -> int:
+    """Workers that must have room: the fewest of the run, and one to evaluate beside them where that is wished."""
+    return config.least_workers + config.evaluation.asynchronous
+
+
 def _no_room(config: Config, cluster: Sequence[Node], coming: Sequence[Node], each: float | None) -> UserError:
-    workers, gpus = config.least_workers, config.resources.gpus_per_worker
+    workers, gpus = _seats(config), config.resources.gpus_per_worker
     if each is None and coming:
         return UserError(
             f"{workers} workers do not fit the {shape([node.cpus for node in cluster])} CPUs that are up, and machines "
@@ -107,7 +112,8 @@ def _no_room(config: Config, cluster: Sequence[Node], coming: Sequence[Node], ea
         size = SMALLEST_SHARE if each is None else each
         need = f"{workers} workers x {size:g} CPUs = {workers * size:g} do not fit the cluster's "
         have, lower = f"{shape([node.cpus for node in there])} CPUs", "resources.cpus_per_worker"
-    return UserError(f"{need}{have}; lower workers or {lower}.")
+    beside = " (one evaluates beside the run: evaluation.asynchronous)" if config.evaluation.asynchronous else ""
+    return UserError(f"{need}{have}{beside}; lower workers or {lower}.")
 
 
 def without_cpus(cluster: Sequence[Node], cpus: float) -> list[Node]:

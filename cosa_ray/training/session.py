@@ -51,6 +51,12 @@ class Session(Protocol):
     def report(self, metrics: dict[str, float]) -> None:
         """Hand an evaluation's metrics to the scheduler; every worker calls it."""
 
+    def validate(self, name: str, step: int) -> None:
+        """Have a registered checkpoint evaluated beside the run; every worker calls it."""
+
+    def validated(self) -> None:
+        """Return once no evaluation runs beside the run any more."""
+
     def stop_wished(self) -> bool:
         """True when somebody asked the run to stop."""
 
@@ -75,6 +81,12 @@ class LocalSession:
         self._show(progress)
 
     def report(self, metrics: dict[str, float]) -> None:
+        pass
+
+    def validate(self, name: str, step: int) -> None:
+        raise NotImplementedError("without Ray nothing runs beside a run")
+
+    def validated(self) -> None:
         pass
 
     def stop_wished(self) -> bool:
@@ -112,6 +124,27 @@ class RaySession:
         import ray.train
 
         ray.train.report(metrics)
+
+    def validate(self, name: str, step: int) -> None:
+        import ray.train
+        from ray.train import CheckpointUploadMode, ValidationTaskConfig
+
+        context = ray.train.get_context()
+        storage, checkpoint = context.get_storage(), None
+        if context.get_world_rank() == 0:
+            path = f"{storage.experiment_fs_path}/{name}"
+            checkpoint = ray.train.Checkpoint(path, filesystem=storage.storage_filesystem)
+        ray.train.report(
+            {},
+            checkpoint=checkpoint,
+            checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
+            validation=ValidationTaskConfig(fn_kwargs={"name": name, "step": step}) if checkpoint else False,
+        )
+
+    def validated(self) -> None:
+        import ray.train
+
+        ray.train.get_all_reported_checkpoints()
 
     def stop_wished(self) -> bool:
         return self._wish.is_set()

@@ -158,11 +158,15 @@ def _sync(path: str) -> None:
 
 @dataclass(frozen=True)
 class CheckpointEntry:
-    """One registered checkpoint: folder name, optimiser steps done, metrics of the evaluation at that step, if any."""
+    """One registered checkpoint: folder name, optimiser steps done, metrics of the evaluation at that step, if any.
+
+    `awaited`: an evaluation beside the run has still to read it.
+    """
 
     name: str
     step: int
     metrics: dict[str, float] = field(default_factory=dict)
+    awaited: bool = False
 
 
 class CheckpointStore:
@@ -201,16 +205,21 @@ class CheckpointStore:
         scored = [entry for entry in entries if self.metric in entry.metrics]
         return max(scored, key=lambda entry: (entry.metrics[self.metric], entry.step), default=_latest(entries))
 
+    def name(self, step: int) -> str:
+        """Name of the checkpoint that the run itself writes at a step."""
+        return f"{self.FOLDER}/step_{step:08d}"
+
     def upload(self, source: Path, step: int) -> str:
         """Copy a checkpoint's files to storage under a name of their own; not yet registered."""
-        name = f"{self.FOLDER}/step_{step:08d}"
+        name = self.name(step)
         self.folder.put(source, name)
         return name
 
-    def register(self, name: str, step: int, metrics: dict[str, float]) -> None:
+    def register(self, name: str, step: int, metrics: dict[str, float], *, awaited: bool = False) -> None:
         """Make an uploaded checkpoint count, then delete those no longer needed."""
-        entries = [entry for entry in self.entries() if entry.name != name] + [CheckpointEntry(name, step, metrics)]
-        needed = [entry for entry in entries if entry in (_latest(entries), self._best(entries))]
+        made = CheckpointEntry(name, step, metrics, awaited)
+        entries = [entry for entry in self.entries() if entry.name != name] + [made]
+        needed = [entry for entry in entries if entry.awaited or entry in (_latest(entries), self._best(entries))]
         ordered = [asdict(entry) for entry in sorted(needed, key=lambda entry: entry.step)]
         self.folder.write_text(self.INDEX, json.dumps({"checkpoints": ordered}, indent=1))
         for entry in entries:

@@ -40,6 +40,11 @@ def check_sweep(sweep: Sweep, base: Config, where: str) -> None:
             f"{where}: workers is a range, which is for single runs (a sweep divides the cluster among its trials); "
             "set workers to a number."
         )
+    if base.evaluation.asynchronous:
+        raise UserError(
+            f"{where}: evaluation.asynchronous is for single runs (a sweep judges a trial when it is evaluated); "
+            "set it to false."
+        )
     if sweep.search == "grid":
         try:
             size = len(grid_points(sweep.space))
