@@ -167,7 +167,7 @@ def prepare(
     if not local and "ray" in sys.modules and sys.modules["ray"].is_initialized():
         alive = alive_nodes()
         coming = to_come(alive)
-        each, workers = cpus_per_worker(config, alive, coming), config.least_workers
+        each, workers = cpus_per_worker(config, alive, coming, training=True), config.least_workers
         if slots(alive, each, config.resources.gpus_per_worker) < workers:
             have = f"{shape([node.cpus for node in alive])} CPUs, {shape([node.gpus for node in alive])} GPUs"
             log.warning("%d workers have no room yet (%s); waiting for the autoscaler's machines", workers, have)

@@ -125,7 +125,7 @@ def fit(job: Job, monitor: Any, callbacks: Sequence[Any] = ()) -> Outcome:
     config = job.config
     os.environ.update({key: value for key, value in _settings(config).items() if key not in _GIVEN})
     alive = alive_nodes()
-    job = replace(job, cpus_per_worker=cpus_per_worker(config, alive, to_come(alive)))
+    job = replace(job, cpus_per_worker=cpus_per_worker(config, alive, to_come(alive), training=True))
     storage, _, name = job.folder.rpartition("/")
     limit = config.resources.max_failures
     # Neither the job nor its outcome passes through the controller as an object of ours: it would import all of torch

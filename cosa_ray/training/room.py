@@ -68,13 +68,17 @@ def alive_nodes() -> list[Node]:
     return [Node(each.get("CPU", 0.0), each.get("GPU", 0.0)) for each in alive]
 
 
-def cpus_per_worker(config: Config, cluster: Sequence[Node], coming: Sequence[Node] = ()) -> float:
+def cpus_per_worker(
+    config: Config, cluster: Sequence[Node], coming: Sequence[Node] = (), *, training: bool = False
+) -> float:
     """Logical CPUs a worker: as configured, else the cluster's shared out evenly with a little left for drivers.
 
-    `coming`: machines that an autoscaler may add; only workers of a stated size are sure to fit them. Raises UserError
-    with the arithmetic when the fewest workers of the run cannot fit, instead of waiting for ever.
+    `coming`: machines that an autoscaler may add; only workers of a stated size are sure to fit them. `training`: an
+    evaluation beside the run has to fit as well, where it is wished. Raises UserError with the arithmetic when the
+    fewest workers of the run cannot fit, instead of waiting for ever.
     """
-    workers, gpus = _seats(config), config.resources.gpus_per_worker
+    beside = training and config.evaluation.asynchronous
+    workers, gpus = config.least_workers + beside, config.resources.gpus_per_worker
     each = config.resources.cpus_per_worker
     if each is not None:
         if slots([*cluster, *coming], each, gpus) >= workers:
@@ -88,16 +92,13 @@ def cpus_per_worker(config: Config, cluster: Sequence[Node], coming: Sequence[No
                 return each
     elif (share := largest_share(cluster, workers, gpus, reserved=DRIVER_CPUS)) is not None:
         return share
-    raise _no_room(config, cluster, coming, each)
+    raise _no_room(config, cluster, coming, each, beside)
 
 
-def _seats(config: Config) -> int:
-    """Workers that must have room: the fewest of the run, and one to evaluate beside them where that is wished."""
-    return config.least_workers + config.evaluation.asynchronous
-
-
-def _no_room(config: Config, cluster: Sequence[Node], coming: Sequence[Node], each: float | None) -> UserError:
-    workers, gpus = _seats(config), config.resources.gpus_per_worker
+def _no_room(
+    config: Config, cluster: Sequence[Node], coming: Sequence[Node], each: float | None, beside: bool
+) -> UserError:
+    workers, gpus = config.least_workers + beside, config.resources.gpus_per_worker
     if each is None and coming:
         return UserError(
             f"{workers} workers do not fit the {shape([node.cpus for node in cluster])} CPUs that are up, and machines "
@@ -112,8 +113,8 @@ def _no_room(config: Config, cluster: Sequence[Node], coming: Sequence[Node], ea
         size = SMALLEST_SHARE if each is None else each
         need = f"{workers} workers x {size:g} CPUs = {workers * size:g} do not fit the cluster's "
         have, lower = f"{shape([node.cpus for node in there])} CPUs", "resources.cpus_per_worker"
-    beside = " (one evaluates beside the run: evaluation.asynchronous)" if config.evaluation.asynchronous else ""
-    return UserError(f"{need}{have}{beside}; lower workers or {lower}.")
+    one = " (one evaluates beside the run: evaluation.asynchronous)" if beside else ""
+    return UserError(f"{need}{have}{one}; lower workers or {lower}.")
 
 
 def without_cpus(cluster: Sequence[Node], cpus: float) -> list[Node]:
