@@ -68,8 +68,9 @@ class CheckpointWriter:
 
         def add() -> str:
             with self._store.folder.local_copy(name) as local:
-                said = replace(Description.read(local), metrics=metrics, better_network=better)
-            return self._register(name, said, metrics, False)
+                said = Description.read(local)
+            said = replace(said, metrics=said.metrics | metrics, better_network=better)
+            return self._register(name, said, said.metrics, False)
 
         self._start(add, f"the metrics of {name}")
 

@@ -167,7 +167,8 @@ class _Run:
                 if milestone and not beside:
                     self._evaluate()
                 if writing:
-                    self._complete_checkpoint({} if beside or not milestone else self.metrics, awaited=beside)
+                    metrics = self._trained() if beside else self.metrics
+                    self._complete_checkpoint(metrics if milestone else {}, awaited=beside)
                 if milestone or leaving:
                     self.writer.wait()  # a scheduler goes on from what it is told of, a machine will not be there
                 if beside:
@@ -328,9 +329,13 @@ class _Run:
             self.writer.revise(self.checkpoints.name(done.step), self._better(done.metrics), done.metrics)
             self._show(force=True)
 
+    def _trained(self) -> dict[str, float]:
+        """Of the metrics in force, those of training."""
+        return {name: value for name, value in self.metrics.items() if name.startswith("train/")}
+
     def _log_evaluation(self, metrics: dict[str, float], seconds: float, pictures: dict[str, Image], step: int) -> None:
         """The metrics in force are now these; they and their pictures are logged."""
-        self.metrics = {**{k: v for k, v in self.metrics.items() if k.startswith("train/")}, **metrics}
+        self.metrics = {**self._trained(), **metrics}
         self.tracker.log({**metrics, "perf/evaluation_seconds": seconds}, step)
         if self.job.tracking is not None:  # nobody else looks at pictures
             for name, picture in pictures.items():

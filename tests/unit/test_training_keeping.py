@@ -118,7 +118,7 @@ def test_it_is_guarded_and_flushed_before_it_counts(
     state: TrainState, store: Gated, writer: CheckpointWriter, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     register = store.register
-    monkeypatch.setattr(store, "register", lambda *given: (said.append("register"), register(*given)))
+    monkeypatch.setattr(store, "register", lambda *given, **named: (said.append("register"), register(*given, **named)))
     store.gate.set()
     writer.begin(state.snapshot())
     writer.complete(described(1), {})
