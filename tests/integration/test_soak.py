@@ -1,6 +1,8 @@
 """Two hours of training with random kills, run by hand: `pytest -m soak tests/integration/test_soak.py`.
 
-Ends with what was done to the run and how long it took (SOAK_STEPS, SOAK_SEED; the report goes to SOAK_REPORT, if set).
+First the run that nobody disturbs, half an hour on two cores, then the same with kills, more of them while it is ahead
+of the time that it is to take (SOAK_HOURS; SOAK_STEPS and SOAK_SEED say what is run). Ends with what was done to the
+run and how long it took; the report goes to SOAK_REPORT, if set.
 """
 
 from __future__ import annotations
@@ -33,20 +35,22 @@ pytestmark = [pytest.mark.ray, pytest.mark.soak, pytest.mark.timeout(6 * 3600)]
 ROOT = Path(__file__).parents[2]
 Make = Callable[..., Config]
 STEPS = int(os.environ.get("SOAK_STEPS", "12500"))
+HOURS = float(os.environ.get("SOAK_HOURS", "2"))
 PAUSE_SECONDS = (15.0, 45.0)
+PAUSE_SECONDS_AHEAD = (3.0, 15.0)
 
 
 class Trouble(threading.Thread):
-    """Does one random thing after the other to a run until it is told to stop."""
+    """Does one random thing after the other to a run until it is told to stop; sooner while `ahead`."""
 
-    def __init__(self, seed: int, **ways: Callable[[], bool]) -> None:
+    def __init__(self, seed: int, ahead: Callable[[], bool], **ways: Callable[[], bool]) -> None:
         super().__init__(daemon=True)
-        self._random, self._ways = random.Random(seed), ways
+        self._random, self._ahead, self._ways = random.Random(seed), ahead, ways
         self._done = threading.Event()
         self.made: Counter[str] = Counter()
 
     def run(self) -> None:
-        while not self._done.wait(self._random.uniform(*PAUSE_SECONDS)):
+        while not self._done.wait(self._random.uniform(*(PAUSE_SECONDS_AHEAD if self._ahead() else PAUSE_SECONDS))):
             name = self._random.choice(sorted(self._ways))
             if self._ways[name]():
                 self.made[name] += 1
@@ -71,6 +75,7 @@ def server(tmp_path: Path) -> Iterator[PlainServer]:
 def test_soak(tiny: Make, server: PlainServer, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"training__steps": STEPS, "checkpoint__every": 20, "evaluation__every": 1000}
     settings |= {"workers": 2, "resources__cpus_per_worker": 1.9, "resources__hang_seconds": 60.0}
+    settings |= {"resources__max_failures": 1000}  # nothing here is a failure of the run's own
     seed = int(os.environ.get("SOAK_SEED", "0"))
     config = tiny(tracking__uri=server.url, **settings)
     (tmp_path / "x.yaml").write_text(dump_config(config))
@@ -81,8 +86,10 @@ def test_soak(tiny: Make, server: PlainServer, tmp_path: Path) -> None:
         expected = train(undisturbed, name="undisturbed")
         plain = time.monotonic() - began
         drivers: list[subprocess.Popen[str]] = []
+        began = time.monotonic()
         trouble = Trouble(
             seed,
+            lambda: _step(config) / STEPS > (time.monotonic() - began) / (3600 * HOURS),
             kill_a_worker=lambda: signalled(workers()[:1], signal.SIGKILL),
             kill_all_workers=lambda: signalled(workers(), signal.SIGKILL),
             freeze_a_worker=lambda: signalled(workers()[-1:], signal.SIGSTOP),
@@ -92,7 +99,6 @@ def test_soak(tiny: Make, server: PlainServer, tmp_path: Path) -> None:
         )
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": cluster.cluster.address}
         words = [sys.executable, "-m", "cosa_ray.cli.main", "train", "x.yaml", "--name", "soak"]
-        began = time.monotonic()
         trouble.start()
         ends: list[int] = []
         while True:
@@ -124,6 +130,12 @@ def test_soak(tiny: Make, server: PlainServer, tmp_path: Path) -> None:
     print(json.dumps(report))
     if target := os.environ.get("SOAK_REPORT"):
         Path(target).write_text(json.dumps(report, indent=1))
+
+
+def _step(config: Config) -> int:
+    """The step of the run's latest checkpoint."""
+    run = read_run(f"{config.storage}/soak")
+    return run.step if run is not None else 0
 
 
 def _exchange(cluster: Machines, extra: list[Any]) -> bool:
