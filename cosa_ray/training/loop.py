@@ -119,6 +119,8 @@ class _Run:
         outcome = Outcome("failed", self.state.step, "the worker was interrupted")
         try:
             outcome = self._steps()
+            if self.awaited and outcome.state in ("finished", "paused"):
+                self._take(self.awaited.rest(self.session.validated, self.session.alive))
             self.writer.wait()
             return outcome
         except Exception as error:
@@ -138,9 +140,7 @@ class _Run:
         # was to be evaluated beside the run has not been.
         self._report()
         for entry in self._asked:
-            if self.workers.rank == 0:
-                self.awaited.ask(entry.step)
-            self.session.validate(entry.name, entry.step)
+            self._ask_for_evaluation(entry.name, entry.step)
         if state.step >= total:
             return Outcome(ended, state.step)
         with closing(self._batches(total)) as batches:
@@ -172,13 +172,11 @@ class _Run:
                 if milestone or leaving:
                     self.writer.wait()  # a scheduler goes on from what it is told of, a machine will not be there
                 if beside:
-                    self._ask_for_evaluation()
+                    self._ask_for_evaluation(self.checkpoints.name(state.step), state.step)
                 elif milestone:
                     self._report()
                 if stop and state.step < total:
                     return Outcome("stopped", state.step)
-            if self.awaited:
-                self._take(self.awaited.rest(self.session.validated, self.session.alive))
         return Outcome(ended, state.step)
 
     def _batches(self, stop_step: int) -> Generator[TrainingBatch, None, None]:
@@ -315,9 +313,8 @@ class _Run:
         online, assignment = (metrics.get(f"{self.prefix}/{name}", 0.0) for name in ("miou_online", "miou"))
         return "online" if online > assignment else "assignment"
 
-    def _ask_for_evaluation(self) -> None:
-        """Have the checkpoint of this step evaluated beside the run; every worker calls it."""
-        name, step = self.checkpoints.name(self.state.step), self.state.step
+    def _ask_for_evaluation(self, name: str, step: int) -> None:
+        """Have a checkpoint evaluated beside the run; every worker calls it."""
         if self.workers.rank == 0:
             self.awaited.ask(step)
         self.session.validate(name, step)

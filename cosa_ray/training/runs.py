@@ -14,16 +14,7 @@ from cosa_ray.training.storage import CheckpointEntry, CheckpointStore, RunFolde
 RECORD, CONFIG = "run.json", "config.yaml"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 # What may differ when a run is continued: none of it changes a result beyond rounding.
-RESUMABLE = (
-    "workers",
-    "storage",
-    "resources",
-    "tracking",
-    "checkpoint",
-    "data.loader_processes",
-    "training.threads",
-    "evaluation.asynchronous",
-)
+RESUMABLE = ("workers", "storage", "resources", "tracking", "checkpoint", "data.loader_processes", "training.threads")
 
 
 @dataclass(frozen=True)

@@ -48,12 +48,13 @@ def validate(_checkpoint: Any, *, folder: str, name: str, step: int, cpus: float
         run.write_text(f"{target}/{RESULT}", json.dumps({"error": f"{type(error).__name__}: {error}"}))
         raise
     pictures = result.pictures()
+    found = {"metrics": result.metrics, "seconds": time.perf_counter() - began, "pictures": list(pictures)}
     with tempfile.TemporaryDirectory(prefix="cosa-ray-validation-") as temporary:
         for number, picture in enumerate(pictures.values()):
             picture.save(Path(temporary) / f"{number}.png", compress_level=1)
-        run.put(Path(temporary), target)
-    found = {"metrics": result.metrics, "seconds": time.perf_counter() - began, "pictures": list(pictures)}
-    run.write_text(f"{target}/{RESULT}", json.dumps(found))
+        what = f"the evaluation of step {step}"
+        patiently(lambda: run.put(Path(temporary), target), what)
+        patiently(lambda: run.write_text(f"{target}/{RESULT}", json.dumps(found)), what)
     return result.metrics
 
 
@@ -99,7 +100,10 @@ class Awaited:
         return bool(self._steps)
 
     def ask(self, step: int) -> None:
-        """A result more to wait for."""
+        """A result more to wait for; a failure of before is forgotten."""
+        name = f"{FOLDER}/step_{step:08d}/{RESULT}"
+        if "error" in json.loads(patiently(lambda: self._folder.read_text(name), "evaluations") or "{}"):
+            self._folder.remove(name)
         self._steps.append(step)
 
     def arrived(self) -> list[Validated]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -109,9 +110,11 @@ def test_an_evaluation_that_is_killed_is_done_again(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("step", [8, 24])
 def test_what_a_killed_driver_still_awaited_is_asked_for_again(
-    ray_cluster: str, tiny: Make, tmp_path: Path, expected: dict[str, list[tuple[int, float]]]
+    ray_cluster: str, tiny: Make, tmp_path: Path, expected: dict[str, list[tuple[int, float]]], step: int
 ) -> None:
+    """In the middle of a run, and after its last step."""
     config = tiny(**BESIDE)
     (tmp_path / "x.yaml").write_text(dump_config(config))
     words = [sys.executable, "-m", "cosa_ray.cli.main", "train", "x.yaml", "--name", "cut"]
@@ -122,7 +125,8 @@ def test_what_a_killed_driver_still_awaited_is_asked_for_again(
         assert time.monotonic() < end
         assert driver.poll() is None
         index = Path(config.storage) / "cut/checkpoints.json"
-        if index.exists() and '"awaited": true' in index.read_text():
+        entries = json.loads(index.read_text())["checkpoints"] if index.exists() else []
+        if any(entry["awaited"] and entry["step"] == step for entry in entries):
             break
         time.sleep(0.02)
     os.killpg(driver.pid, signal.SIGKILL)

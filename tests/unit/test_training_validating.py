@@ -118,6 +118,16 @@ def test_an_evaluation_that_died_is_no_result(folder: RunFolder, awaited: Awaite
         awaited.rest(lambda: None, lambda: None)
 
 
+def test_a_failure_of_before_is_forgotten(folder: RunFolder, awaited: Awaited) -> None:
+    leave(folder, 10, error="OutOfMemoryError: no room")
+    leave(folder, 20)
+    awaited.ask(10)
+    awaited.ask(20)
+    assert looked(awaited) == [20]
+    leave(folder, 10)
+    assert [each.step for each in awaited.rest(lambda: None, lambda: None)] == [10]
+
+
 def test_a_checkpoint_is_kept_until_it_was_evaluated(folder: RunFolder, tmp_path: Path) -> None:
     store = CheckpointStore(folder, "val/miou")
     (tmp_path / "made").mkdir()
