@@ -27,7 +27,7 @@ class CheckpointWriter:
     Args:
         guard: called before every part, to raise where nothing may be written any more.
         flush: called last before a checkpoint counts.
-        alive: called while somebody waits here.
+        alive: called while somebody waits here, for every try that storage was given: one that never ends is a hang.
     """
 
     def __init__(
@@ -45,6 +45,7 @@ class CheckpointWriter:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._uploaded: Future[str] | None = None
         self._pending: list[Future[str]] = []
+        self._tries = 0
 
     def begin(self, snapshot: Snapshot) -> None:
         """Start to upload a state, once the checkpoint before it counts."""
@@ -76,8 +77,11 @@ class CheckpointWriter:
 
     def wait(self) -> None:
         """Return once all that was started counts. Raises what went wrong."""
+        seen = -1
         while wait(self._pending, _LOOK_SECONDS).not_done:
-            self._alive()
+            if self._tries != seen:
+                seen = self._tries
+                self._alive()
         done, self._pending = self._pending, []
         for each in done:
             each.result()
@@ -92,9 +96,12 @@ class CheckpointWriter:
         self._thread.shutdown()
 
     def _start(self, action: Callable[[], str], what: str) -> Future[str]:
-        future = self._thread.submit(patiently, action, what)
+        future = self._thread.submit(patiently, action, what, self._tried)
         self._pending.append(future)
         return future
+
+    def _tried(self) -> None:
+        self._tries += 1
 
     def _upload(self, snapshot: Snapshot) -> str:
         self._guard()

@@ -186,9 +186,10 @@ def _validation(job: Job) -> Any:
 
     RunFolder(job.folder).remove("checkpoint_manager_snapshot.json")
     resources = job.config.resources
+    given = {"folder": job.folder, "cpus": job.cpus_per_worker, "hang_seconds": resources.hang_seconds}
     return ray.train.ValidationConfig(
         fn=validate,
-        task_config=ray.train.ValidationTaskConfig(fn_kwargs={"folder": job.folder, "cpus": job.cpus_per_worker}),
+        task_config=ray.train.ValidationTaskConfig(fn_kwargs=given),
         ray_remote_kwargs={
             "num_cpus": job.cpus_per_worker,
             "num_gpus": resources.gpus_per_worker,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cosa_ray.errors import RunFailed
 from cosa_ray.training.storage import RunFolder, patiently
+from cosa_ray.training.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -33,17 +34,27 @@ class Validated(NamedTuple):
     pictures: dict[str, Image]
 
 
-def validate(_checkpoint: Any, *, folder: str, name: str, step: int, cpus: float | None) -> dict[str, float]:
+def validate(
+    _checkpoint: Any, *, folder: str, name: str, step: int, cpus: float | None, hang_seconds: float
+) -> dict[str, float]:
     """What Ray Train's task runs: evaluates a registered checkpoint as the run would, and leaves the result beside it.
 
     Both networks, one process, the run's own protocol; the thresholds are those of the checkpoint. The result is
-    written last, so it is there whole or not at all.
+    written last, so it is there whole or not at all. The process ends itself when it makes no progress for
+    `hang_seconds`, and Ray starts another.
     """
+    watchdog = Watchdog(hang_seconds)
+    try:
+        return _validate(RunFolder(folder), name, step, cpus, watchdog.alive)
+    finally:
+        watchdog.close()
+
+
+def _validate(run: RunFolder, name: str, step: int, cpus: float | None, alive: Callable[[], None]) -> dict[str, float]:
     began = time.perf_counter()
-    run = RunFolder(folder)
     target = f"{FOLDER}/step_{step:08d}"
     try:
-        result = _evaluated(run, name, cpus)
+        result = _evaluated(run, name, cpus, alive)
     except Exception as error:
         run.write_text(f"{target}/{RESULT}", json.dumps({"error": f"{type(error).__name__}: {error}"}))
         raise
@@ -53,12 +64,12 @@ def validate(_checkpoint: Any, *, folder: str, name: str, step: int, cpus: float
         for number, picture in enumerate(pictures.values()):
             picture.save(Path(temporary) / f"{number}.png", compress_level=1)
         what = f"the evaluation of step {step}"
-        patiently(lambda: run.put(Path(temporary), target), what)
-        patiently(lambda: run.write_text(f"{target}/{RESULT}", json.dumps(found)), what)
+        patiently(lambda: run.put(Path(temporary), target), what, alive)
+        patiently(lambda: run.write_text(f"{target}/{RESULT}", json.dumps(found)), what, alive)
     return result.metrics
 
 
-def _evaluated(run: RunFolder, name: str, cpus: float | None) -> EvaluationResult:
+def _evaluated(run: RunFolder, name: str, cpus: float | None, alive: Callable[[], None]) -> EvaluationResult:
     import torch
 
     from cosa_ray.data.dataset import open_dataset
@@ -83,6 +94,7 @@ def _evaluated(run: RunFolder, name: str, cpus: float | None) -> EvaluationResul
             segment=trained.segments,
             device=device,
             autocast=autocast_dtype(config, device),
+            each_batch=alive,
         )
 
 

@@ -172,6 +172,27 @@ def test_storage_that_refuses_is_tried_again_until_patience_ends(
     assert store.entries() == kept, "the one before is what it was"
 
 
+def test_a_write_that_never_ends_is_no_progress(
+    state: TrainState, store: Gated, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Storage that refuses is tried again, which is progress; one that hangs must look like a hang to the watchdog."""
+    monkeypatch.setattr("cosa_ray.training.keeping._LOOK_SECONDS", 0.05)
+    alive: list[int] = []
+    card = open_dataset(state.config.data.dataset).card
+    writer = CheckpointWriter(
+        store, state.config, card, guard=lambda: None, flush=lambda: None, alive=lambda: alive.append(1)
+    )
+    writer.begin(state.snapshot())
+    threading.Timer(1.0, store.gate.set).start()
+    writer.wait()
+    assert len(alive) == 1, "twenty looks at one try"
+    store.errors = 2
+    writer.begin(state.snapshot())
+    writer.wait()
+    assert len(alive) > 2
+    writer.close()
+
+
 def test_a_failure_is_seen_without_waiting(state: TrainState, store: Gated, writer: CheckpointWriter) -> None:
     def taken_over() -> None:
         raise storage.RunFailed("another process took over")

@@ -53,7 +53,7 @@ def test_the_task_gives_what_the_run_gave(tiny: Make) -> None:
     train(config, name="one", local=True, track=False)
     run = find_run("one", config.storage)
     (entry,) = run.checkpoints.entries()
-    told = validate(None, folder=run.folder.uri, name=entry.name, step=entry.step, cpus=1.0)
+    told = validate(None, folder=run.folder.uri, name=entry.name, step=entry.step, cpus=1.0, hang_seconds=600.0)
     found = read_result(run.folder, entry.step)
     assert found is not None
     assert found.metrics == told
@@ -68,7 +68,7 @@ def test_a_task_that_fails_says_why(tiny: Make) -> None:
     train(config, name="one", local=True, track=False)
     run = find_run("one", config.storage)
     with pytest.raises(Exception, match="no trained model"):
-        validate(None, folder=run.folder.uri, name="checkpoints/step_00000099", step=99, cpus=1.0)
+        validate(None, folder=run.folder.uri, name="checkpoints/step_00000099", step=99, cpus=1.0, hang_seconds=600.0)
     with pytest.raises(RunFailed, match=r"evaluation of step 99 beside the run failed: .*no trained model"):
         read_result(run.folder, 99)
 
