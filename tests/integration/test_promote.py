@@ -17,7 +17,7 @@ from cosa_ray.tuning.promotion import Promotion
 from cosa_ray.tuning.results import SweepResult, TrialResult, write_result
 from cosa_ray.tuning.sweepfile import Sweep, dump_sweep
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 Make = Callable[..., Config]
 
 
@@ -167,7 +167,6 @@ def test_from_sweep_to_result_and_once_only(promoted: Promoted) -> None:
         assert len(points) == 1
 
 
-@pytest.mark.slow
 def test_another_protocol_for_the_same_runs(promoted: Promoted, tmp_path: Path) -> None:
     """The first one given decides; nothing that is there is done again, and what is registered stays so."""
     storage = str(promoted.sweep.parent)
