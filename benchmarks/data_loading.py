@@ -25,10 +25,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import torch
-from measuring import in_turns, machine, medians, now, ratio, save
+from measuring import exponent, in_turns, machine, medians, now, ratio, save
 from PIL import Image
 
 from cosa_ray.config.schema import Views
@@ -178,12 +177,6 @@ def opening(folder: Path, images: Sequence[int], rounds: int) -> dict[str, float
         return split[len(split) // 2]
 
     return medians(in_turns({str(count): lambda count=count: open_one(count) for count in images}, rounds))
-
-
-def exponent(growth: dict[str, float]) -> float:
-    """Exponent of a power law through measured points, by least squares of the logarithms."""
-    sizes, values = np.log([float(size) for size in growth]), np.log(list(growth.values()))
-    return float(np.polyfit(sizes, values, 1)[0])
 
 
 def main() -> None:

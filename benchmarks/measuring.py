@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import statistics
@@ -58,6 +59,12 @@ def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
 def ratio(above: Sequence[float], below: Sequence[float]) -> float:
     """Median over the rounds of one call's time by another's of the same round."""
     return statistics.median(a / b for a, b in zip(above, below, strict=True))
+
+
+def exponent(growth: Mapping[str, float]) -> float:
+    """Exponent of a power law through measured points, by least squares of the logarithms."""
+    sizes, values = ([math.log(float(each)) for each in part] for part in (growth.keys(), growth.values()))
+    return statistics.linear_regression(sizes, values).slope
 
 
 def save(result: Mapping[str, Any], file: str | None) -> None:
