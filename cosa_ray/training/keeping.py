@@ -50,7 +50,7 @@ class CheckpointWriter:
     def begin(self, snapshot: Snapshot) -> None:
         """Start to upload a state, once the checkpoint before it counts."""
         self.wait()
-        self._uploaded = self._start(lambda: self._upload(snapshot), f"the checkpoint of step {snapshot.step}")
+        self._uploaded = self._start(lambda _: self._upload(snapshot), f"the checkpoint of step {snapshot.step}")
 
     def complete(self, description: Description, metrics: dict[str, float], *, awaited: bool = False) -> None:
         """Have the checkpoint that was begun described and registered, and return.
@@ -60,14 +60,15 @@ class CheckpointWriter:
         uploaded = self._uploaded
         assert uploaded is not None
         self._start(
-            lambda: self._register(uploaded.result(), description, metrics, awaited),
+            lambda name: self._register(name, description, metrics, awaited),
             f"registering the checkpoint of step {description.step}",
+            uploaded,
         )
 
     def revise(self, name: str, better: NetworkName, metrics: dict[str, float]) -> None:
         """Have the metrics of a registered checkpoint added to its description and to the index, and return."""
 
-        def add() -> str:
+        def add(_name: str) -> str:
             with self._store.folder.local_copy(name) as local:
                 said = Description.read(local)
             said = replace(said, metrics=said.metrics | metrics, better_network=better)
@@ -95,10 +96,15 @@ class CheckpointWriter:
         wait(self._pending)
         self._thread.shutdown()
 
-    def _start(self, action: Callable[[], str], what: str) -> Future[str]:
-        future = self._thread.submit(patiently, action, what, self._tried)
-        self._pending.append(future)
-        return future
+    def _start(self, action: Callable[[str], str], what: str, after: Future[str] | None = None) -> Future[str]:
+        """Have an action done with the name that `after` gave; it fails at once where that has failed."""
+
+        def work() -> str:
+            name = after.result() if after is not None else ""
+            return patiently(lambda: action(name), what, self._tried)
+
+        self._pending.append(self._thread.submit(work))
+        return self._pending[-1]
 
     def _tried(self) -> None:
         self._tries += 1

@@ -151,7 +151,12 @@ def test_one_at_a_time(state: TrainState, store: Gated, writer: CheckpointWriter
 
 @pytest.mark.parametrize("errors", [1, 1000])
 def test_storage_that_refuses_is_tried_again_until_patience_ends(
-    errors: int, state: TrainState, store: Gated, writer: CheckpointWriter, monkeypatch: pytest.MonkeyPatch
+    errors: int,
+    state: TrainState,
+    store: Gated,
+    writer: CheckpointWriter,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(storage, "PATIENCE_SECONDS", 2.0)
     store.gate.set()
@@ -169,6 +174,8 @@ def test_storage_that_refuses_is_tried_again_until_patience_ends(
         return
     with pytest.raises(OSError, match="storage is away"):
         writer.wait()
+    assert "the checkpoint of step 2 failed" in caplog.text
+    assert "registering" not in caplog.text, "what follows it fails at once, instead of being tried for as long again"
     assert store.entries() == kept, "the one before is what it was"
 
 
