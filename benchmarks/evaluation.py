@@ -32,9 +32,9 @@ from cosa_ray.config.protocol import Crf, Protocol, in_run_protocol
 from cosa_ray.config.schema import Config
 from cosa_ray.data.dataset import Split, open_dataset
 from cosa_ray.data.importing import import_dataset
+from cosa_ray.evaluation.description import Description
 from cosa_ray.evaluation.evaluate import evaluate
 from cosa_ray.evaluation.inference import autocast_dtype
-from cosa_ray.evaluation.trained import Description
 from cosa_ray.method.assignment import resize
 from cosa_ray.method.network import Network, mixed_precision, scaled_size
 from cosa_ray.training.state import TrainState

@@ -153,7 +153,7 @@ def keeping(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
     from cosa_ray.data.dataset import open_dataset
     from cosa_ray.data.loader import training_batches
-    from cosa_ray.evaluation.trained import Description
+    from cosa_ray.evaluation.description import Description
     from cosa_ray.tracking.store import open_store
     from cosa_ray.tracking.tracker import open_tracker
     from cosa_ray.training.distributed import join_workers, torch_settings

@@ -109,7 +109,7 @@ def measured_checkpoint(folder: Path, experiment: str, classes: int, **changes: 
 
     from cosa_ray.config.load import apply_overrides, load_config
     from cosa_ray.data.dataset import open_dataset
-    from cosa_ray.evaluation.trained import Description
+    from cosa_ray.evaluation.description import Description
     from cosa_ray.training.state import TrainState
     from cosa_ray.training.storage import CheckpointStore, RunFolder
 

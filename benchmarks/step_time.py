@@ -9,6 +9,9 @@ a co-training step. They take turns; the ratio is the median over the rounds. --
 makes ours fast: attention as timm chooses, every scale and flip by itself, optimiser and EMA parameter by parameter;
 and a bare network in float32 with timm's attention, by which the release's own step, measured once on another
 machine beside such a network, is scaled to this one. Without --dataset the pictures are noise (no data part).
+The floating-point operations are those of the network's matrix products and convolutions (a multiplication and an
+addition are two; backward included, nothing counted twice); the rate they ran at is set beside what one large matrix
+product reaches here, and beside --peak, the chip's rate by its data sheet, for the model FLOP utilisation.
 Needs torch, timm, numpy, pyarrow and pydantic; the weights are random and stay as they are.
 """
 
@@ -16,29 +19,33 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
 from measuring import in_turns, machine, medians, now, ratio, save
 from straightforward import PlainAdamW, assign_one_by_one, ema_by_parameter
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from cosa_ray.config.load import apply_overrides, load_config
 from cosa_ray.config.schema import Config
 from cosa_ray.data.loader import TrainingBatch
 from cosa_ray.method import step as method_step
 from cosa_ray.method.assignment import resize
-from cosa_ray.method.network import Outputs, mixed_precision, scaled_size
+from cosa_ray.method.network import Network, Outputs, mixed_precision, scaled_size
 from cosa_ray.training import state as training_state
 from cosa_ray.training import stepping
 from cosa_ray.training.distributed import join_workers, torch_settings
 from cosa_ray.training.state import TrainState
 
 NETWORK = ("assignment network", "online forward", "backward", "optimiser")
-REST = ("data", "scales and fusion", "pseudo-labels and losses", "EMA, clipping, normalising")
+REST = ("data", "scales and fusion", "pseudo-labels and losses", "dense energy", "EMA, clipping, normalising")
 # ViT-B/16, 448 px, batch 2, 3 scales with flips, 20 classes, float32: seconds of the release's step and of the bare
 # network with fused attention, both on the same two cores (the middle of 20.6 to 23.0, and 9.29 + 1.27 + 2.31 + 0.09).
 RELEASE, RELEASE_NETWORK = 21.8, 12.95
@@ -113,13 +120,6 @@ class Bench:
         self.state = TrainState(config, classes, workers.device, initialise=False)
         for group in self.state.optimiser.param_groups:  # every step is to meet the same weights
             group["lr"] = group["base_lr"] = 0.0
-        clock.put("EMA, clipping, normalising", stepping.Stepper, "take")
-        clock.put("pseudo-labels and losses", stepping, "cotraining_step")
-        clock.put("scales and fusion", method_step, "assign")
-        clock.put("assignment network", self.state.assignment, "forward")
-        clock.put("online forward", self.state.online, "forward")
-        clock.put("backward", Tensor, "backward")
-        clock.put("optimiser", self.state.optimiser, "step")
         self._plain: PlainAdamW | None = None
         self.get = clock.timed("data", lambda: next(self.batches))
         self.stepper = stepping.Stepper(self.state, workers)
@@ -131,19 +131,29 @@ class Bench:
             torch.cat([view, view.flip(-1)]) if config.assignment.flip else view
             for view in (resize(images, size) for size in sizes)
         ]
+        self.operations = self._operations()
+        clock.put("EMA, clipping, normalising", stepping.Stepper, "take")
+        clock.put("pseudo-labels and losses", stepping, "cotraining_step")
+        clock.put("dense energy", method_step, "dense_energy")
+        clock.put("scales and fusion", method_step, "assign")
+        clock.put("assignment network", self.state.assignment, "forward")
+        clock.put("online forward", self.state.online, "forward")
+        clock.put("backward", Tensor, "backward")
+        clock.put("optimiser", self.state.optimiser, "step")
 
     def bare(self, autocast: torch.dtype | None) -> None:
         """The network time of a step and nothing else."""
-        state = self.state
-        with torch.no_grad():
-            for view in self.inputs:
-                with mixed_precision(self.device, autocast):
-                    state.assignment(view)
-        with mixed_precision(self.device, autocast):
-            outputs = state.online(self.images)
-        total(outputs).backward()
-        state.optimiser.step()
-        state.optimiser.zero_grad(set_to_none=True)
+        passes(self.state.assignment, self.state.online, self.inputs, self.images, autocast)
+        self.state.optimiser.step()
+        self.state.optimiser.zero_grad(set_to_none=True)
+
+    def _operations(self) -> int:
+        """Floating-point operations of the matrix products and convolutions of those passes, counted without data."""
+        assignment, online = (deepcopy(network).to("meta") for network in (self.state.assignment, self.state.online))
+        inputs = [view.to("meta") for view in self.inputs]
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            passes(assignment, online, inputs, self.images.to("meta"), None)
+        return counter.get_total_flops()
 
     def step(self) -> None:
         """A whole step, as a run takes it."""
@@ -165,6 +175,33 @@ class Bench:
             method_step.assign, training_state.ema_update, self.state.optimiser = usual
 
 
+def passes(
+    assignment: Network, online: Network, inputs: Sequence[Tensor], images: Tensor, autocast: torch.dtype | None
+) -> None:
+    """The assignment network on every input, the online network forward and backward on the images."""
+    with torch.no_grad():
+        for view in inputs:
+            with mixed_precision(view.device, autocast):
+                assignment(view)
+    with mixed_precision(images.device, autocast):
+        outputs = online(images)
+    total(outputs).backward()
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype | None) -> float:
+    """Floating-point operations a second of one large square matrix product; the best of several."""
+    side = 8192 if device.type == "cuda" else 2048
+    left, right = (torch.randn(side, side, device=device, dtype=dtype or torch.float32) for _ in range(2))
+    return 2 * side**3 / min(in_turns({"product": lambda: left @ right}, 10)["product"])
+
+
+def most_memory(device: torch.device) -> float:
+    """Most GiB that were in use: of the GPU by torch, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
 def total(outputs: Outputs) -> Tensor:
     """Something small whose backward pass goes through every head."""
     maps = (outputs.cls, outputs.cls_aux, outputs.cam, outputs.cam_aux, outputs.seg)
@@ -172,9 +209,15 @@ def total(outputs: Outputs) -> Tensor:
 
 
 def measure(
-    config: Config, rounds: int, dataset: str | None, classes: int, threads: int, straightforward: bool
+    config: Config,
+    rounds: int,
+    dataset: str | None,
+    classes: int,
+    threads: int,
+    straightforward: bool,
+    peak: float | None,
 ) -> dict[str, Any]:
-    """Seconds of every contender, whole and by part, and their ratios."""
+    """Seconds of every contender, whole and by part, their ratios, and the rate at which the step computes."""
     workers, clock = join_workers(), Clock()
     with torch_settings(apply_overrides(config, {"training.threads": threads}), None, workers.device):
         bench = Bench(config, dataset, classes, workers, clock)
@@ -196,17 +239,26 @@ def measure(
 
         seconds = in_turns({name: noted(name) for name in contenders}, rounds)
         found = machine("torch", "timm", "numpy", "pyarrow", "pydantic")
+        held, product = most_memory(workers.device), matmul_rate(workers.device, bench.stepper.autocast)
     split = {
         name: {part: statistics.median(one.get(part, 0.0) for one in parts[name][1:]) for part in (*NETWORK, *REST)}
         for name in contenders
     }
+    whole, operations = medians(seconds), bench.operations
     result: dict[str, Any] = {
-        "seconds": medians(seconds),
+        "seconds": whole,
         "split": split,
         "precision": "fp32" if bench.stepper.autocast is None else "bf16",
+        "images a second": config.training.batch_size / whole["step"],
+        "most GiB held": held,
+        "TFLOP of the network": operations / 1e12,
+        "TFLOP/s of one matrix product": product / 1e12,
+        "step's TFLOP/s / matrix product's": operations / whole["step"] / product,
         "step / bare": ratio(seconds["step"], seconds["bare"]),
         "machine": found,
     }
+    if peak:
+        result["model FLOP utilisation"] = operations / whole["step"] / (peak * 1e12)
     if straightforward:
         release = [RELEASE / RELEASE_NETWORK * each for each in seconds["bare fp32"]]
         result["straightforward / step"] = ratio(seconds["straightforward"], seconds["step"])
@@ -221,7 +273,7 @@ def table(result: dict[str, Any]) -> str:
     for part in (*NETWORK, *REST):
         lines.append(f"{part:28s}" + "".join(f"{1000 * result['split'][name][part]:17.1f}" for name in names))
     lines.append(f"{'in all':28s}" + "".join(f"{1000 * result['seconds'][name]:17.1f}" for name in names))
-    lines += [f"{name:28s}{result[name]:17.3f}" for name in result if " / " in name]
+    lines += [f"{name:34s}{value:11.3f}" for name, value in result.items() if isinstance(value, float)]
     return "\n".join(lines)
 
 
@@ -235,6 +287,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--straightforward", action="store_true", help="compare with a step without care for its time")
+    parser.add_argument("--peak", type=float, metavar="TFLOPS", help="the chip's dense rate in the step's precision")
     parser.add_argument("--out", metavar="FILE", help="write the result as JSON")
     given = parser.parse_args()
     # One worker, random weights: the time of a step does not depend on what the weights are.
@@ -242,7 +295,9 @@ def main() -> None:
     if given.batch:
         changes["training.batch_size"] = given.batch
     config = apply_overrides(load_config(given.experiment, given.set), changes)
-    result = measure(config, given.rounds, given.dataset, given.classes, given.threads, given.straightforward)
+    result = measure(
+        config, given.rounds, given.dataset, given.classes, given.threads, given.straightforward, given.peak
+    )
     result |= {"experiment": given.experiment, "batch": config.training.batch_size, "rounds": given.rounds}
     print(f"{given.experiment}, batch {result['batch']}, {result['precision']}, median of {given.rounds} rounds")
     print(f"{json.dumps(result['machine'])}\n{table(result)}")

@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cosa_ray.config.protocol import Protocol, in_run_protocol
+from cosa_ray.config.protocol import in_run_protocol
 from cosa_ray.config.schema import Config
 from cosa_ray.data.dataset import Split
 from cosa_ray.errors import UserError
 from cosa_ray.evaluation.figures import confidence_histogram, reliability_curve
+from cosa_ray.evaluation.naming import protocol_prefix
 from cosa_ray.evaluation.panels import Tile, panel
 from cosa_ray.evaluation.scorer import Scorer
-from cosa_ray.evaluation.tally import plain_name
 from cosa_ray.method.network import Network
 
 if TYPE_CHECKING:
@@ -50,25 +50,6 @@ class EvaluationResult:
             f"{self.prefix}/cam_confidence": confidence_histogram(self.confidence, self.thresholds),
             f"{self.prefix}/reliability": reliability_curve(self.outcomes, self.thresholds),
         }
-
-
-def metric_prefix(config: Config, images: int, split: str | None = None) -> str:
-    """What a run's own metrics begin with: the split's name, with `_subset_<n>` where not all images are used."""
-    return protocol_prefix(in_run_protocol(config), split or config.data.val_split, images)
-
-
-def protocol_prefix(protocol: Protocol, split: str, images: int) -> str:
-    """What metrics under a protocol begin with: split, `_subset_<n>` where not all images are used, /protocol."""
-    name = plain_name(split)
-    if protocol.subset is not None and protocol.subset < images:
-        name = f"{name}_subset_{protocol.subset}"
-    return f"{name}/{protocol.name}" if protocol.name else name
-
-
-def best_metric(config: Config, prefix: str) -> str:
-    """The metric that says which checkpoint is best: AN's plain mIoU, the best CAM mIoU in a classifier-only run."""
-    trains_decoder = config.training.warmup_iters < config.training.steps
-    return f"{prefix}/{'miou' if trains_decoder else 'cam_miou_best'}"
 
 
 def evaluate(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -18,6 +17,7 @@ from cosa_ray.evaluation.confusion import (
     scores,
     totals_of,
 )
+from cosa_ray.evaluation.naming import tracked_names
 
 WRONG, RIGHT, IGNORED = range(3)  # what a pseudo-label can be
 
@@ -152,25 +152,6 @@ def mean_average_precision(scores: np.ndarray, labels: np.ndarray) -> float:
         recall = np.diff(hits, prepend=0) / hits[-1]
         found.append(float((recall * hits / (last + 1)).sum()))
     return float(np.mean(found)) if found else float("nan")
-
-
-def tracked_names(classes: Sequence[str]) -> list[str]:
-    """Class names as they appear in metric names: letters, digits and `_-. :` only, and no two alike."""
-    names: list[str] = []
-    for name in map(plain_name, classes):
-        number = 2
-        unique = name
-        while unique in names:
-            unique = f"{name}_{number}"
-            number += 1
-        names.append(unique)
-    return names
-
-
-def plain_name(name: str) -> str:
-    """A name with what MLflow does not take in a metric's name replaced."""
-    plain = re.sub(r"[^A-Za-z0-9_\-. :]", "_", name).strip()
-    return plain if plain.strip(".") else "_"  # "." and ".." would name folders
 
 
 def per_class(matrix: np.ndarray, classes: Sequence[str]) -> list[dict[str, float | str]]:

@@ -5,51 +5,19 @@ A checkpoint's folder without its optimiser state is one, and so is a model that
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from cosa_ray.config.load import check, read_yaml
 from cosa_ray.config.protocol import NetworkName, Protocol, in_run_protocol
 from cosa_ray.config.schema import Config
 from cosa_ray.data.card import CARD, DatasetCard
 from cosa_ray.errors import UserError
+from cosa_ray.evaluation.description import ASSIGNMENT, MODEL_FILES, ONLINE, Description, read_config
 from cosa_ray.method.network import Network, build_network
-
-ONLINE, ASSIGNMENT = "online.safetensors", "assignment.safetensors"
-DESCRIPTION, CONFIG = "checkpoint.json", "config.yaml"
-MODEL_FILES = (ONLINE, ASSIGNMENT, DESCRIPTION, CONFIG, CARD)
-
-
-@dataclass
-class Description:
-    """What a checkpoint says of itself, readable without loading a tensor."""
-
-    run: str
-    step: int
-    classes: list[str]
-    metrics: dict[str, float]
-    better_network: NetworkName
-    worker_seconds: float
-    thresholds: dict[str, float]
-
-    @classmethod
-    def parse(cls, text: str) -> Description:
-        """The description that a checkpoint's `checkpoint.json` holds."""
-        return cls(**json.loads(text))
-
-    @classmethod
-    def read(cls, folder: Path) -> Description:
-        """Read a checkpoint folder's description."""
-        return cls.parse((folder / DESCRIPTION).read_text(encoding="utf-8"))
-
-    def write(self, folder: Path) -> None:
-        """Write it into a checkpoint folder."""
-        (folder / DESCRIPTION).write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
 
 
 def read_weights(folder: Path, network: Network, file: str) -> None:
@@ -95,16 +63,6 @@ class Trained:
     def network(self, name: NetworkName | None = None) -> Network:
         """One of the networks; None is the one that was better when the checkpoint was written."""
         return self.online if (name or self.description.better_network) == "online" else self.assignment
-
-
-def is_model(folder: Path) -> bool:
-    """True for a folder that `load_trained` takes."""
-    return all((folder / name).is_file() for name in MODEL_FILES)
-
-
-def read_config(folder: Path) -> Config:
-    """The config of a trained model in a local folder."""
-    return check(read_yaml(folder / CONFIG), f"{folder / CONFIG}")
 
 
 def load_trained(folder: Path, device: torch.device | str = "cpu", protocol: Protocol | None = None) -> Trained:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cosa_ray.evaluation.trained import DESCRIPTION, Description
+from cosa_ray.evaluation.description import DESCRIPTION, Description
 from cosa_ray.reporting.evaluated import (
     Chosen,
     Evaluated,

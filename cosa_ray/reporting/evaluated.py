@@ -15,8 +15,8 @@ import numpy as np
 from cosa_ray.config.protocol import load_protocol
 from cosa_ray.errors import UserError
 from cosa_ray.evaluation.confusion import ious, paired_intervals
+from cosa_ray.evaluation.naming import plain_name
 from cosa_ray.evaluation.report import Report, read_per_image
-from cosa_ray.evaluation.tally import plain_name
 from cosa_ray.reporting.subjects import Side
 from cosa_ray.training.evaluating import read_evaluations
 from cosa_ray.training.runs import Run

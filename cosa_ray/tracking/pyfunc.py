@@ -16,9 +16,10 @@ from PIL import Image
 
 from cosa_ray.config.protocol import NetworkName, in_run_protocol
 from cosa_ray.data.pictures import decode_rgb
+from cosa_ray.evaluation.description import is_model
 from cosa_ray.evaluation.inference import autocast_dtype
 from cosa_ray.evaluation.prediction import Segmenter, mask_png
-from cosa_ray.evaluation.trained import is_model, load_trained
+from cosa_ray.evaluation.trained import load_trained
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -22,7 +22,7 @@ import cosa_ray
 from cosa_ray.config.schema import Config
 from cosa_ray.data.card import CARD, DatasetCard
 from cosa_ray.errors import UserError
-from cosa_ray.evaluation.trained import MODEL_FILES, Description, is_model, read_config
+from cosa_ray.evaluation.description import MODEL_FILES, Description, is_model, read_config
 from cosa_ray.tracking.describe import parameters, without_secrets
 from cosa_ray.tracking.pyfunc import DATA, example, signature
 from cosa_ray.tracking.refusal import ask_to_add_version, ask_to_change, refusal, refusals

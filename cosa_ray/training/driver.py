@@ -187,7 +187,7 @@ def prepare(
         check_reachable(tracking, nodes)
     if run is None:
         from cosa_ray.data.dataset import open_dataset
-        from cosa_ray.evaluation.evaluate import best_metric, metric_prefix
+        from cosa_ray.evaluation.naming import best_metric, metric_prefix
 
         images = len(open_dataset(config.data.dataset).split(config.data.val_split))
         run = create_run(name, config, best_metric(config, metric_prefix(config, images)))

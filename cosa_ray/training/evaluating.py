@@ -19,13 +19,15 @@ from cosa_ray.data.card import CARD, DatasetCard
 from cosa_ray.data.dataset import Split, open_dataset
 from cosa_ray.errors import RunFailed, UserError
 from cosa_ray.evaluation.crf import refine_here, refine_on_ray, require_crf
-from cosa_ray.evaluation.evaluate import check_masks, evaluation_order, main_thresholds, protocol_prefix
+from cosa_ray.evaluation.description import DESCRIPTION, Description
+from cosa_ray.evaluation.evaluate import check_masks, evaluation_order, main_thresholds
 from cosa_ray.evaluation.inference import autocast_dtype
+from cosa_ray.evaluation.naming import plain_name, protocol_prefix
 from cosa_ray.evaluation.panels import Tile
 from cosa_ray.evaluation.report import RESULT, SHOWN, Findings, Report, summarise, write_report
 from cosa_ray.evaluation.scorer import RunCrf, Scorer
-from cosa_ray.evaluation.tally import Tally, plain_name
-from cosa_ray.evaluation.trained import DESCRIPTION, Description, load_trained
+from cosa_ray.evaluation.tally import Tally
+from cosa_ray.evaluation.trained import load_trained
 from cosa_ray.training.autoscaler import to_come
 from cosa_ray.training.distributed import join_workers, torch_settings
 from cosa_ray.training.models import choose_checkpoint

@@ -11,7 +11,7 @@ from pathlib import Path
 from cosa_ray.config.protocol import NetworkName
 from cosa_ray.config.schema import Config
 from cosa_ray.data.card import DatasetCard
-from cosa_ray.evaluation.trained import Description
+from cosa_ray.evaluation.description import Description
 from cosa_ray.training.state import Snapshot
 from cosa_ray.training.storage import CheckpointStore, patiently
 

@@ -16,8 +16,9 @@ from cosa_ray.config.protocol import NetworkName
 from cosa_ray.config.schema import Config
 from cosa_ray.data.dataset import open_dataset
 from cosa_ray.data.loader import TrainingBatch, training_batches
-from cosa_ray.evaluation.evaluate import best_metric, evaluate, metric_prefix
-from cosa_ray.evaluation.trained import Description
+from cosa_ray.evaluation.description import Description
+from cosa_ray.evaluation.evaluate import evaluate
+from cosa_ray.evaluation.naming import best_metric, metric_prefix
 from cosa_ray.method.step import StepOutput
 from cosa_ray.tracking.tracker import Tracking, open_tracker
 from cosa_ray.training.distributed import Agreed, Workers, join_workers, torch_settings

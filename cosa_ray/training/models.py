@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from cosa_ray.config.schema import Config
 from cosa_ray.errors import UserError
-from cosa_ray.evaluation.trained import DESCRIPTION
+from cosa_ray.evaluation.description import DESCRIPTION
 from cosa_ray.training.runs import Run, find_run
 from cosa_ray.training.storage import CheckpointEntry, RunFolder
 

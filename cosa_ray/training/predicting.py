@@ -20,8 +20,8 @@ from cosa_ray.data.remote import Place, place
 from cosa_ray.data.voc import CLASSES as VOC_CLASSES
 from cosa_ray.errors import RunFailed, UserError
 from cosa_ray.evaluation.batch import MASKS, BatchPrediction, Item, Outcome, items_of, items_of_split
+from cosa_ray.evaluation.description import Description, is_model, read_config
 from cosa_ray.evaluation.prediction import MaskSource
-from cosa_ray.evaluation.trained import Description, is_model, read_config
 from cosa_ray.training.models import find_model
 from cosa_ray.training.ray_train import ray_cluster
 

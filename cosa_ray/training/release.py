@@ -23,7 +23,7 @@ from cosa_ray.data.pictures import voc_palette
 from cosa_ray.data.remote import fetch
 from cosa_ray.data.voc import CLASSES as VOC_CLASSES
 from cosa_ray.errors import UserError
-from cosa_ray.evaluation.trained import ASSIGNMENT, CONFIG, ONLINE, Description
+from cosa_ray.evaluation.description import ASSIGNMENT, CONFIG, ONLINE, Description
 from cosa_ray.method.network import build_network
 from cosa_ray.method.threshold import DynamicThresholds
 from cosa_ray.training.driver import resolve

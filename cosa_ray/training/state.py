@@ -18,7 +18,8 @@ from cosa_ray.config.schema import Config
 from cosa_ray.data.card import CARD, DatasetCard
 from cosa_ray.data.remote import fetch
 from cosa_ray.errors import UserError
-from cosa_ray.evaluation.trained import ASSIGNMENT, CONFIG, ONLINE, Description, read_weights
+from cosa_ray.evaluation.description import ASSIGNMENT, CONFIG, ONLINE, Description
+from cosa_ray.evaluation.trained import read_weights
 from cosa_ray.method.ema import ema_update
 from cosa_ray.method.network import build_network
 from cosa_ray.method.schedule import learning_rate

@@ -250,7 +250,7 @@ def _base_file(source: Source) -> tuple[Path, str | None]:
 def _metric_then(metric: str | tuple[str, ...] | None, before: Config, now: Config) -> str | tuple[str, ...] | None:
     """The sweep's metrics as runs of another length call them: val_subset_500/miou is val/miou on all images."""
     from cosa_ray.data.dataset import open_dataset
-    from cosa_ray.evaluation.evaluate import metric_prefix
+    from cosa_ray.evaluation.naming import metric_prefix
 
     if metric is None:
         return None

@@ -9,8 +9,7 @@ from cosa_ray.config.load import apply_overrides
 from cosa_ray.config.schema import Config
 from cosa_ray.data.dataset import open_dataset
 from cosa_ray.errors import UserError
-from cosa_ray.evaluation.evaluate import best_metric, metric_prefix
-from cosa_ray.evaluation.tally import tracked_names
+from cosa_ray.evaluation.naming import best_metric, metric_prefix, tracked_names
 from cosa_ray.tuning.space import points
 from cosa_ray.tuning.sweepfile import Mode, Sweep
 

@@ -213,7 +213,7 @@ def _evaluated(trial: TrialResult, protocol: Protocol) -> Report | None:
 def _sum_up(source: Source, plan: Plan, result: SweepResult, evaluated: Mapping[str, Sequence[Report]]) -> Promotion:
     """The promotion, its configurations ranked; the metric and the columns are those of the evaluations, if any."""
     from cosa_ray.data.dataset import open_dataset
-    from cosa_ray.evaluation.evaluate import best_metric, metric_prefix
+    from cosa_ray.evaluation.naming import best_metric, metric_prefix
     from cosa_ray.tuning.journal import Journal
 
     own = check(result.trials[0].config, f"sweep {result.name}")

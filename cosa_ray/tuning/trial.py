@@ -13,7 +13,7 @@ from typing import Any
 from cosa_ray.config.load import apply_overrides, dump_config
 from cosa_ray.config.schema import Config
 from cosa_ray.errors import RunFailed, UserError
-from cosa_ray.evaluation.trained import DESCRIPTION, Description
+from cosa_ray.evaluation.description import DESCRIPTION, Description
 from cosa_ray.training.driver import conclude, fit, prepare
 from cosa_ray.training.loop import Job, Outcome
 from cosa_ray.training.runs import CONFIG, Run, read_run

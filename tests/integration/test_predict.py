@@ -21,8 +21,9 @@ from cosa_ray.config.schema import Config
 from cosa_ray.data.dataset import open_dataset
 from cosa_ray.data.importing import import_dataset
 from cosa_ray.errors import RunFailed, UserError
+from cosa_ray.evaluation.description import Description
 from cosa_ray.evaluation.report import Report, read_per_image
-from cosa_ray.evaluation.trained import Description, load_trained
+from cosa_ray.evaluation.trained import load_trained
 from cosa_ray.training.driver import train
 from cosa_ray.training.evaluating import evaluate_run
 from cosa_ray.training.models import find_model, register_run

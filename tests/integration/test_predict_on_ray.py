@@ -45,6 +45,7 @@ def test_ray_workers_count_what_one_process_counts(trained_run: Path, ray_cluste
     assert ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"], "the workers gave their CPUs back"
 
 
+@pytest.mark.slow
 def test_crf_tasks_stream_counts(trained_run: Path, ray_cluster: str) -> None:
     pytest.importorskip("pydensecrf")
     here = evaluate_run(str(trained_run), protocol="release", local=True, track=False)

@@ -66,7 +66,7 @@ def processes_naming(text: str) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_the_command_prints_a_link_that_answers_and_leaves_no_process(folder, number) -> None:
     import urllib.request
 

@@ -68,6 +68,7 @@ def settled(config: Config, name: str) -> None:
     assert sorted(os.listdir(folder)) == sorted(entry.name.rpartition("/")[2] for entry in entries)
 
 
+@pytest.mark.slow
 def test_the_numbers_are_those_of_a_run_that_stops_to_evaluate(
     ray_cluster: str, tiny: Make, expected: dict[str, list[tuple[int, float]]]
 ) -> None:

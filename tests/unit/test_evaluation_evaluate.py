@@ -19,7 +19,8 @@ from cosa_ray.data.dataset import Split, open_dataset
 from cosa_ray.data.importing import write_dataset
 from cosa_ray.data.source import Source, stored_row
 from cosa_ray.errors import UserError
-from cosa_ray.evaluation.evaluate import EvaluationResult, best_metric, evaluate, evaluation_order, metric_prefix
+from cosa_ray.evaluation.evaluate import EvaluationResult, evaluate, evaluation_order
+from cosa_ray.evaluation.naming import best_metric, metric_prefix
 from cosa_ray.method.network import Network, build_network
 
 CLASSES = ("cat", "dog", "tv/monitor")

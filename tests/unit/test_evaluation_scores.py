@@ -17,7 +17,8 @@ from cosa_ray.evaluation.confusion import (
     scores,
     totals_of,
 )
-from cosa_ray.evaluation.tally import Tally, mean_average_precision, per_class, tracked_names
+from cosa_ray.evaluation.naming import tracked_names
+from cosa_ray.evaluation.tally import Tally, mean_average_precision, per_class
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from cosa_ray.config.schema import Config
 from cosa_ray.data.loader import Resize
 from cosa_ray.errors import UserError
 from cosa_ray.evaluation.confusion import scores
-from cosa_ray.evaluation.evaluate import protocol_prefix
+from cosa_ray.evaluation.naming import protocol_prefix
 from cosa_ray.evaluation.scorer import Scorer, Variant, half_of
 from tests.unit.test_evaluation_evaluate import CLASSES, THRESHOLDS, config, miou, networks, run, split
 

@@ -18,9 +18,9 @@ from cosa_ray.config.protocol import Protocol, load_protocol
 from cosa_ray.config.schema import Config
 from cosa_ray.errors import UserError
 from cosa_ray.evaluation.confusion import paired_intervals, scores
+from cosa_ray.evaluation.description import DESCRIPTION, Description
 from cosa_ray.evaluation.report import Report
 from cosa_ray.evaluation.tally import per_class
-from cosa_ray.evaluation.trained import DESCRIPTION, Description
 from cosa_ray.reporting.charts import nice_ticks
 from cosa_ray.reporting.compare import compare_runs
 from cosa_ray.reporting.differences import differences

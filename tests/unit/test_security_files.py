@@ -31,8 +31,8 @@ from cosa_ray.data.source import Source
 from cosa_ray.data.voc import voc_source
 from cosa_ray.errors import UserError
 from cosa_ray.evaluation.batch import BatchPrediction, items_of, items_of_split
+from cosa_ray.evaluation.description import read_config
 from cosa_ray.evaluation.prediction import scores_npz
-from cosa_ray.evaluation.trained import read_config
 from cosa_ray.training.runs import find_run
 from cosa_ray.training.state import TrainState, backbone_weights
 from cosa_ray.training.storage import CheckpointStore, RunFolder

@@ -17,10 +17,12 @@ from cosa_ray.config.load import load_config
 from cosa_ray.method.assignment import assign
 from cosa_ray.method.ema import ema_update
 from cosa_ray.method.network import Network, build_network
+from cosa_ray.training.distributed import join_workers, torch_settings
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+from step_time import Bench, Clock  # noqa: E402
 from straightforward import PlainAdamW, assign_one_by_one, ema_by_parameter  # noqa: E402
 
 TINY = [
@@ -74,6 +76,43 @@ def test_the_plain_optimiser_takes_the_same_steps(network: Network) -> None:
             optimiser.step()
     for one, other in zip(*(each.parameters() for each in networks), strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_the_operations_are_those_of_every_product_and_convolution() -> None:
+    """Against a count layer by layer: 2 for a multiplication and an addition, thrice for forward and backward."""
+    config = load_config("shapes", [*TINY, "assignment.scales=[1.0, 0.5]", "workers=1", "training.threads=1"])
+    workers = join_workers()
+    with torch_settings(config, None, workers.device):
+        bench = Bench(config, None, 3, workers, Clock())
+    counted: list[int] = []
+    networks = (bench.state.assignment, bench.state.online)
+    attention = [layer for each in networks for name, layer in each.named_modules() if name.endswith("attn.qkv")]
+    assert len(attention) == 4
+
+    def count(layer: torch.nn.Module, given: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
+        inner = layer.weight[0].numel()  # of a linear layer and of a convolution alike
+        counted.append(2 * out.numel() * inner)
+        if layer in attention:  # queries by keys, and weights by values
+            batch, tokens = given[0].shape[:2]
+            counted.append(2 * 2 * batch * tokens**2 * layer.in_features)
+
+    def forward(network: Network, images: torch.Tensor) -> list[int]:
+        counted.clear()
+        hooks = [
+            layer.register_forward_hook(count)
+            for layer in network.modules()
+            if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d)
+        ]
+        with torch.no_grad():
+            network(images)
+        for hook in hooks:
+            hook.remove()
+        return list(counted)
+
+    assigned = sum(sum(forward(bench.state.assignment, view)) for view in bench.inputs)
+    online = forward(bench.state.online, bench.images)
+    # The first convolution's input, the images, gets no gradient.
+    assert bench.operations == assigned + 3 * sum(online) - online[0]
 
 
 def _needed(*packages: str) -> set[str]:
@@ -131,3 +170,17 @@ def test_it_runs_on_torch_timm_numpy_pyarrow_and_pydantic_alone(tmp_path: Path) 
             assert (parts[part] > 0) == ("bare" not in name), (name, part)
     assert found["step / bare"] > 0
     assert "step / bare" in done.stdout
+    for name in ("images a second", "most GiB held", "TFLOP of the network", "TFLOP/s of one matrix product"):
+        assert found[name] > 0, name
+
+
+def test_two_trials_side_by_side_and_in_a_row(tmp_path: Path) -> None:
+    words = ["shapes", "--steps", "1", "--rounds", "1", "--threads", "2", "--out", str(tmp_path / "out.json")]
+    for one in TINY:
+        words += ["--set", one]
+    script = str(ROOT / "benchmarks" / "side_by_side.py")
+    done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert set(found["seconds"]) == {"side by side", "one after the other"}
+    assert found["one after the other / side by side"] > 0

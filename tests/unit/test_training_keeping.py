@@ -13,7 +13,7 @@ import cosa_ray.training.loop as loop
 import cosa_ray.training.storage as storage
 from cosa_ray.config.schema import Config
 from cosa_ray.data.dataset import open_dataset
-from cosa_ray.evaluation.trained import Description
+from cosa_ray.evaluation.description import Description
 from cosa_ray.training.driver import train
 from cosa_ray.training.keeping import CheckpointWriter
 from cosa_ray.training.runs import find_run

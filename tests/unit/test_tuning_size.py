@@ -12,7 +12,7 @@ import torch
 from cosa_ray.config.schema import Config
 from cosa_ray.data.dataset import open_dataset
 from cosa_ray.errors import UserError
-from cosa_ray.evaluation.trained import Description
+from cosa_ray.evaluation.description import Description
 from cosa_ray.training.driver import preflight
 from cosa_ray.training.state import TrainState
 from cosa_ray.training.storage import FULL_STATE, RunFolder

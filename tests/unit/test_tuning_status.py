@@ -89,3 +89,12 @@ def test_the_verb_prints_trials_and_one_json_object(sweep: RunFolder, tmp_path: 
     assert [row["id"] for row in said["progress"]["rows"]] == ["000", "001"]
     wrong = subprocess.run([*command[:-1], "t"], cwd=tmp_path, capture_output=True, text=True)
     assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
+
+
+def test_a_look_does_not_wait_for_torch() -> None:
+    """Seconds of every `cosa-ray status`; MLflow and Ray take as long."""
+    script = (
+        "import sys, cosa_ray.tuning.status as _; print(sorted({'torch', 'timm', 'mlflow', 'ray'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

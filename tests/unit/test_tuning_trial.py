@@ -20,7 +20,7 @@ from ray import tune
 from cosa_ray.config.schema import Config
 from cosa_ray.data.dataset import open_dataset
 from cosa_ray.errors import RunFailed, UserError
-from cosa_ray.evaluation.trained import Description
+from cosa_ray.evaluation.description import Description
 from cosa_ray.training.loop import Job, Outcome
 from cosa_ray.training.runs import Run, create_run, read_run
 from cosa_ray.training.session import Monitor
