@@ -8,6 +8,7 @@ import math
 import traceback
 import types
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import timm
@@ -17,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from cosa_ray.config.schema import Model
 from cosa_ray.errors import UserError
+from cosa_ray.method.attention import plain_attention, plain_is_faster
 from cosa_ray.method.tokens import ConvolutionalStem, position_tokens
 from cosa_ray.method.weights import load_weights
 
@@ -162,9 +164,12 @@ def feature_maps(encoder: Any, images: Tensor, taps: Taps) -> tuple[Tensor, Tens
     Shapes (B, D, h, w) and (B, D_aux, h_aux, w_aux). Backbones whose last map carries no norm of its own (ConvNeXt
     and ResNet normalise after pooling or inside the blocks) give the map as it is.
     """
-    aux, last = encoder.forward_intermediates(
-        images, indices=[taps.aux, taps.last], norm=False, output_fmt="NCHW", intermediates_only=True
-    )
+    tokens = (images.shape[-2] // taps.stride) * (images.shape[-1] // taps.stride)
+    plain = taps.plain and plain_is_faster(images, tokens)
+    with plain_attention(encoder) if plain else nullcontext():
+        aux, last = encoder.forward_intermediates(
+            images, indices=[taps.aux, taps.last], norm=False, output_fmt="NCHW", intermediates_only=True
+        )
     norm = _final_norm(encoder)
     if norm is None:
         return last, aux
