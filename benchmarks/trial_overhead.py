@@ -182,13 +182,16 @@ def rate(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def born(name: str, since: float) -> float:
-    """When the newest process with this in its title started (seconds since the epoch), of those later than `since`."""
+    """When the newest process with this in its title started, of those later than `since` (seconds since the epoch).
+
+    `since` itself where Ray had started it ahead, before there was something for it to do.
+    """
     times = [
         process.info["create_time"]
         for process in psutil.process_iter(["cmdline", "create_time"])
         if process.info["create_time"] > since and any(name in word for word in process.info["cmdline"] or [])
     ]
-    return max(times)
+    return max(times, default=since)
 
 
 def one_run(folder: Path, steps: int, number: int, monitor: Any) -> dict[str, float]:
@@ -210,8 +213,8 @@ def one_run(folder: Path, steps: int, number: int, monitor: Any) -> dict[str, fl
         if progress is not None and progress["step"] > last:
             if not last:  # not before: looking through all processes would slow down what is measured
                 marks["first step"] = time.time()
-                marks["worker"] = born("RayTrainWorker", marks["start"])
-                marks["controller"] = born("TrainController", marks["start"])
+                marks["controller"] = born("TrainController", marks["prepared"])
+                marks["worker"] = born("RayTrainWorker", marks["controller"])
             last, marks["last step"] = progress["step"], time.time()
     marks["fitted"] = time.time()
     conclude(run, job, outcomes[0])
