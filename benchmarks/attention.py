@@ -3,7 +3,7 @@
     python benchmarks/attention.py --rounds 15 --threads 2
     python benchmarks/attention.py --precision bf16 --heads 12
 
-What `cosa_ray.method.attention` chooses by rests on this. One attention layer as timm builds it (projections
+For what `cosa_ray.method.attention` chooses. One attention layer as timm builds it (projections
 included), heads of 64 channels (the demo's of 32), forward alone or forward and backward. Below 1 the plain products
 are the faster ones. Needs torch and timm.
 """

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from measuring import in_turns, machine, medians, ratio, save
-from step_time import Bench, Clock
+from step_time import Bench, Unwatched
 
 from cosa_ray.config.load import apply_overrides, load_config
 from cosa_ray.training.distributed import join_workers, torch_settings
@@ -57,7 +57,7 @@ def serve(given: argparse.Namespace) -> None:
         changes["training.batch_size"] = given.batch
     config, workers = apply_overrides(load_config(given.experiment, given.set), changes), join_workers()
     with torch_settings(config, None, workers.device):
-        bench = Bench(config, None, given.classes, workers, Clock())
+        bench = Bench(config, None, given.classes, workers, Unwatched())
         for line in sys.stdin:
             steps, threads = map(int, line.split())
             torch.set_num_threads(threads)

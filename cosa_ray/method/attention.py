@@ -8,9 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-# On a CPU in bf16 the backward pass of the fused kernel costs more than its forward pass saves: measured up to 784
-# tokens (docs/performance.md). In float32 it was never the slower one. By number and not by a trial at the start: a run
-# that is resumed, or done again, has to take the same kernels to give the same bits.
+# On a CPU in bf16 the backward pass of the fused kernel costs more than its forward pass saves: measured on a
+# prototype, up to 784 tokens (docs/performance.md). In float32 the fused one was never measurably slower. By number and
+# not by a trial at the start: a run that is resumed, or done again, has to take the same kernels to give the same bits.
 PLAIN_TOKENS = 784
 
 

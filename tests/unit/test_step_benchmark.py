@@ -22,7 +22,7 @@ from cosa_ray.training.distributed import join_workers, torch_settings
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from step_time import Bench, Clock  # noqa: E402
+from step_time import Bench, Unwatched  # noqa: E402
 from straightforward import PlainAdamW, assign_one_by_one, ema_by_parameter  # noqa: E402
 
 TINY = [
@@ -83,7 +83,7 @@ def test_the_operations_are_those_of_every_product_and_convolution() -> None:
     config = load_config("shapes", [*TINY, "assignment.scales=[1.0, 0.5]", "workers=1", "training.threads=1"])
     workers = join_workers()
     with torch_settings(config, None, workers.device):
-        bench = Bench(config, None, 3, workers, Clock())
+        bench = Bench(config, None, 3, workers, Unwatched())
     counted: list[int] = []
     networks = (bench.state.assignment, bench.state.online)
     attention = [layer for each in networks for name, layer in each.named_modules() if name.endswith("attn.qkv")]
