@@ -143,32 +143,30 @@ def fit_mixture(histogram: Tensor, components: int, settings: DynamicThreshold) 
     share = counts / total.clamp(min=1)
     x = (torch.arange(bins, device=counts.device, dtype=torch.float64) + 0.5) / bins
     powers = torch.stack([torch.ones_like(x), x, x * x])  # moments and densities become matrix products
-    means = _start(share, x, components, settings.start)
-    variances = torch.ones_like(means)
-    weights = torch.full_like(means, 1.0 / components)
+    start = _start(share, x, components, settings.start)
+    mixture = torch.stack([start, torch.ones_like(start), torch.full_like(start, 1.0 / components)])
     steps = torch.zeros(histogram.shape[:-1], dtype=torch.int64, device=counts.device)
     active = total.squeeze(-1) > 0
     previous = torch.full_like(total.squeeze(-1), -math.inf)
     for _ in range(settings.max_iterations):
-        joint = _log_joint(means, variances, weights, powers)
-        density = torch.logsumexp(joint, -2)
-        likelihood = (density * share).sum(-1)
-        moments = ((joint - density.unsqueeze(-2)).exp() * share.unsqueeze(-2)) @ powers.T
-        mass = moments[..., 0] + torch.finfo(torch.float64).eps
-        mean = moments[..., 1] / mass
-        variance = (moments[..., 2] / mass - mean * mean).clamp(min=0) + _REGULARISATION
-        update = active.unsqueeze(-1)
-        means = torch.where(update, mean, means)
-        variances = torch.where(update, variance, variances)
-        weights = torch.where(update, mass / mass.sum(-1, keepdim=True), weights)
+        joint = _log_joint(mixture, powers)
+        shares = joint.log_softmax(-2)  # of every component in a bin
+        likelihood = ((joint.select(-2, 0) - shares.select(-2, 0)) * share).sum(-1)
+        mass, first, second = ((shares.exp_() * share.unsqueeze(-2)) @ powers.T).unbind(-1)
+        mass = mass + torch.finfo(torch.float64).eps
+        mean = first / mass
+        variance = torch.addcmul(second / mass, mean, mean, value=-1).clamp_(min=0).add_(_REGULARISATION)
+        moved = torch.stack([mean, variance, mass / mass.sum(-1, keepdim=True)])
+        mixture = torch.where(active.unsqueeze(-1), moved, mixture)
         steps = steps + active
         active = active & ((likelihood - previous).abs() >= settings.tolerance)
         previous = likelihood
         if active.device.type == "cpu" and not active.any():  # free to ask there; the result is the same
             break
-    order = means.argsort(-1)
-    means, variances, weights = (value.gather(-1, order) for value in (means, variances, weights))
-    owner = _log_joint(means, variances, weights, powers).argmax(-2)
+    order = mixture[0].argsort(-1)
+    mixture = mixture.gather(-1, order.expand_as(mixture))
+    means, variances, weights = mixture.unbind()
+    owner = _log_joint(mixture, powers).argmax(-2)
     occupied = counts > 0
     if settings.between_means:
         occupied = occupied & (x >= means[..., :1]) & (x <= means[..., -1:])
@@ -183,11 +181,13 @@ def fit_mixture(histogram: Tensor, components: int, settings: DynamicThreshold) 
     return Fit(boundaries, valid, steps, means, variances, weights)
 
 
-def _log_joint(means: Tensor, variances: Tensor, weights: Tensor, powers: Tensor) -> Tensor:
-    """log(weight * normal density) of every component at every bin: (..., K, bins)."""
+def _log_joint(mixture: Tensor, powers: Tensor) -> Tensor:
+    """log(weight * normal density) + log(2 pi) / 2 of every component at every bin: (..., K, bins)."""
+    means, variances, weights = mixture.unbind()
     precision = variances.reciprocal()
-    constant = weights.log() - 0.5 * (means * means * precision + (2 * math.pi * variances).log())
-    return torch.stack([constant, means * precision, -0.5 * precision], -1) @ powers
+    slope = means * precision
+    constant = torch.addcmul((weights * weights * precision).log(), means, slope, value=-1).mul_(0.5)
+    return torch.stack([constant, slope, precision.mul_(-0.5)], -1) @ powers
 
 
 def _start(share: Tensor, x: Tensor, components: int, start: str) -> Tensor:

@@ -109,17 +109,24 @@ def torch_settings(config: Config, cpus: float | None, device: torch.device) -> 
     if device.type == "cpu":
         keep_freed_memory()
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    warn_only, fill = (
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+    )
     wanted = config.training.threads or (max(1, round(cpus)) if cpus else None)
     if wanted:
         torch.set_num_threads(wanted)
     torch.use_deterministic_algorithms(device.type == "cpu")
+    torch.utils.deterministic.fill_uninitialized_memory = (
+        False  # with NaN, each new tensor, which nobody reads before it is written
+    )
     try:
         yield
     finally:
         if wanted:
             torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 def keep_freed_memory() -> bool:
