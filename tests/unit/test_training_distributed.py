@@ -52,10 +52,14 @@ def test_a_local_process_takes_the_gpu_of_its_rank(
 
 
 def test_torch_is_left_as_it_was(tiny: Make) -> None:
-    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    def settings() -> tuple[int, bool, bool]:
+        fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+        return torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), fill
+
+    before = settings()
     with torch_settings(tiny(training__threads=before[0] + 1), None, torch.device("cpu")):
-        assert (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()) == (before[0] + 1, True)
-    assert (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()) == before
+        assert settings() == (before[0] + 1, True, False)
+    assert settings() == before
 
 
 HELD = """
