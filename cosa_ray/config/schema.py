@@ -128,6 +128,9 @@ class Training(Section):
     """Length, batch and arithmetic of a run."""
 
     steps: Count = Field(32_000, description="Optimiser steps T.")
+    stop_at: Count | None = Field(
+        None, description="Step to end at, while the schedule is laid out for T steps; null is T."
+    )
     warmup_iters: CountOrZero = Field(6_000, description="Steps of classification only before co-training starts.")
     batch_size: Count = Field(4, description="Global batch: images a step over all workers and micro-batches.")
     accumulate: Count = Field(1, description="Micro-batches a worker splits its slice of the global batch into.")
@@ -254,6 +257,11 @@ class Config(Section):
     workers: WorkerCount = Field(1, description="Training workers (processes), or a range {min, max} of them.")
     storage: str = Field("runs", description="Folder or URI under which every run has its folder.")
     init_from: str | None = Field(None, description="Run (name or folder) whose best weights this one starts from.")
+    continue_from: str | None = Field(
+        None,
+        description="Run (name or folder) from whose last checkpoint this one goes on, whole: networks, optimiser, "
+        "step. Settings that act later may differ; it has to have kept its full state (checkpoint.keep_full_state).",
+    )
     data: Data = Field(default_factory=Data)
     views: Views = Field(default_factory=Views)
     model: Model = Field(default_factory=Model)
@@ -280,6 +288,11 @@ class Config(Section):
         """Most workers it runs with."""
         return self.workers if isinstance(self.workers, int) else self.workers.max
 
+    @property
+    def last_step(self) -> int:
+        """The step a run ends at."""
+        return self.training.stop_at or self.training.steps
+
     @model_validator(mode="after")
     def _can_be_written_down(self) -> Config:
         for key, uri in (
@@ -287,6 +300,7 @@ class Config(Section):
             ("data.dataset", self.data.dataset),
             ("model.checkpoint", self.model.checkpoint),
             ("init_from", self.init_from),
+            ("continue_from", self.continue_from),
         ):
             if uri is not None and holds_secret(uri):
                 raise ValueError(
@@ -303,6 +317,10 @@ class Config(Section):
                 f"training.batch_size ({training.batch_size}) gives less than one image to each of {most} "
                 f"workers x {training.accumulate} micro-batches; raise it or lower workers or training.accumulate"
             )
+        if self.init_from is not None and self.continue_from is not None:
+            raise ValueError("init_from takes a run's weights and continue_from all of it; give one of them")
+        if self.last_step > training.steps:
+            raise ValueError(f"training.stop_at ({self.last_step}) is beyond training.steps ({training.steps})")
         if training.warmup_iters > training.steps:
             raise ValueError(
                 f"training.warmup_iters ({training.warmup_iters}) is beyond training.steps ({training.steps}); "

@@ -75,8 +75,9 @@ def for_cluster(config: Config, folder: str, *, tracking_from_environment: bool)
     changes: dict[str, object] = {"storage": absolute(config.storage), "data.dataset": absolute(config.data.dataset)}
     if config.model.checkpoint:
         changes["model.checkpoint"] = absolute(config.model.checkpoint)
-    if config.init_from and "/" in config.init_from:  # a bare name is looked up in `storage`
-        changes["init_from"] = absolute(config.init_from)
+    for key in ("init_from", "continue_from"):
+        if (run := getattr(config, key)) and "/" in run:  # a bare name is looked up in `storage`
+            changes[key] = absolute(run)
     if not tracking_from_environment:
         changes["tracking.uri"] = absolute_tracking(config.tracking.uri or "sqlite:///mlflow.db", folder)
     return apply_overrides(config, changes, "the job's paths")

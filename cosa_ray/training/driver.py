@@ -83,7 +83,7 @@ def train(
         if track:
             run = _deliver_rest(run, config)
         return summary(run, Outcome("finished", run.step))
-    preflight(config, initialise=not resume and config.init_from is None)
+    preflight(config, initialise=not resume and config.init_from is None and config.continue_from is None)
     show = show or (lambda progress: log.info("%s", progress.line()))
     with hold(RunFolder(f"{config.storage.rstrip('/')}/{name}"), f"run {name}") as lease:
         # Once more: whoever held the name until now may have made or changed the run.
@@ -143,6 +143,15 @@ def preflight(config: Config, *, initialise: bool = True) -> tuple[int, int]:
         source = find_run(config.init_from, config.storage)
         with source.folder.local_copy(source.best().name) as folder:
             state.start_from(folder)
+    if config.continue_from is not None:
+        source = find_run(config.continue_from, config.storage)
+        with source.folder.local_copy(source.last().name) as folder:
+            state.load(folder)
+        if state.step >= config.last_step:
+            raise UserError(
+                f"continue_from={config.continue_from}: its last checkpoint is of step {state.step}, and this run ends "
+                f"at {config.last_step}; raise training.steps, or continue from an earlier run."
+            )
     return state.checkpoint_bytes()
 
 
@@ -172,10 +181,13 @@ def prepare(
             have = f"{shape([node.cpus for node in alive])} CPUs, {shape([node.gpus for node in alive])} GPUs"
             log.warning("%d workers have no room yet (%s); waiting for the autoscaler's machines", workers, have)
         nodes = len(alive) + len(coming)
-    init_from = None
+    init_from = continue_from = None
     if config.init_from is not None:
         source = find_run(config.init_from, config.storage)
         init_from = f"{source.folder.uri}/{source.best().name}"
+    if config.continue_from is not None:
+        source = find_run(config.continue_from, config.storage)
+        continue_from = f"{source.folder.uri}/{source.last().name}"
     folder = run.folder if run is not None else check_free(name, config)
     tracking = None
     if track:
@@ -193,7 +205,8 @@ def prepare(
         run = create_run(name, config, best_metric(config, metric_prefix(config, images)))
     if tracking is not None:
         run = run.update(tracking_uri=tracking.uri, parent_run_id=parent_run_id)
-    return run, Job(name, run.folder.uri, config, tracking, config.resources.cpus_per_worker, init_from, lease=lease)
+    job = Job(name, run.folder.uri, config, tracking, config.resources.cpus_per_worker, init_from, continue_from)
+    return run, replace(job, lease=lease)
 
 
 def conclude(run: Run, job: Job, outcome: Outcome) -> RunResult:

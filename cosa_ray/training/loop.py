@@ -51,6 +51,7 @@ class Job:
     tracking: Tracking | None
     cpus_per_worker: float | None = None
     init_from: str | None = None
+    continue_from: str | None = None
     pause_at: int | None = None
     lease: str | None = None
 
@@ -93,7 +94,7 @@ class _Run:
         entries = patiently(self.checkpoints.entries, "the list of checkpoints", session.alive)
         latest = max(entries, key=lambda entry: entry.step, default=None)
         self._asked = [entry for entry in entries if entry.awaited]
-        fresh = latest is None and job.init_from is None
+        fresh = latest is None and job.init_from is None and job.continue_from is None
         self.state = TrainState(config, self.dataset.num_classes, workers.device, initialise=fresh)
         self.metrics: dict[str, float] = {}
         self._seconds_before = 0.0
@@ -135,8 +136,8 @@ class _Run:
 
     def _steps(self) -> Outcome:
         config, state = self.config, self.state
-        total = config.training.steps if self.job.pause_at is None else self.job.pause_at
-        ended = "finished" if total >= config.training.steps else "paused"
+        total = config.last_step if self.job.pause_at is None else self.job.pause_at
+        ended = "finished" if total >= config.last_step else "paused"
         # A restart: killed between its checkpoint and its report, an evaluation has not reached the scheduler, or what
         # was to be evaluated beside the run has not been.
         self._report()
@@ -246,7 +247,7 @@ class _Run:
         if self.workers.rank or (time.perf_counter() - self._shown < PROGRESS_SECONDS and not force):
             return
         self._shown = time.perf_counter()
-        rate, total = self._rate(), self.config.training.steps
+        rate, total = self._rate(), self.config.last_step
         remaining = (total - self.state.step) * self.config.training.batch_size
         self.session.progress(
             Progress(
@@ -357,7 +358,9 @@ class _Run:
                 self.state.load(local)
                 self._seconds_before = Description.read(local).worker_seconds
             self.metrics = dict(latest.metrics)
+        elif self.job.continue_from is not None:
+            with RunFolder(self.job.continue_from).local_copy("") as local:
+                self.state.load(local)
         elif self.job.init_from is not None:
-            source = RunFolder(self.job.init_from)
-            with source.local_copy("") as local:
+            with RunFolder(self.job.init_from).local_copy("") as local:
                 self.state.start_from(local)

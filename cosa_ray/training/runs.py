@@ -67,8 +67,19 @@ class Run:
         """Its best checkpoint; UserError when it has none yet."""
         entry = self.checkpoints.best()
         if entry is None:
-            raise UserError(f"run {self.record.name} ({self.folder.uri}) has no checkpoint yet; let it train first.")
+            raise _none_yet(self)
         return entry
+
+    def last(self) -> CheckpointEntry:
+        """Its last checkpoint; UserError when it has none yet."""
+        entry = self.checkpoints.latest()
+        if entry is None:
+            raise _none_yet(self)
+        return entry
+
+
+def _none_yet(run: Run) -> UserError:
+    return UserError(f"run {run.record.name} ({run.folder.uri}) has no checkpoint yet; let it train first.")
 
 
 def check_name(name: str) -> str:

@@ -39,7 +39,7 @@ def read_status(name: str, storage: str = "runs") -> Status:
         if folder.exists(SWEEP_FILE):
             return _of_sweep(folder)
     run = find_run(name, storage)
-    steps = run.config().training.steps
+    steps = run.config().last_step
     best = run.checkpoints.best()
     score = best.metrics.get(run.record.metric) if best is not None else None
     sentence = f"run {run.record.name} is {run.record.state}: checkpoint at step {run.step} of {steps}"

@@ -161,7 +161,7 @@ def run_sweep(
 def _plan(sweep: Sweep, config: Config, total: int, known: int, fit: Fit, most: str) -> str:
     """What is about to happen, in one sentence."""
     words = f"{total} trials" + (f", {known} of them known already," if known else "")
-    words += f" of up to {config.training.steps} steps, {fit.concurrency} at a time, {fit.cpus_per_worker:g} CPUs"
+    words += f" of up to {config.last_step} steps, {fit.concurrency} at a time, {fit.cpus_per_worker:g} CPUs"
     words += f" and {fit.gpus_per_worker:g} GPUs" if fit.gpus_per_worker else ""
     words += f" a worker; checkpoints take up to {most}"
     if sweep.scheduler in ("asha", "hyperband"):
@@ -320,7 +320,7 @@ def _watch(
         total,
         journal,
         folder,
-        steps=lambda values: trials.trial_config(values).training.steps,
+        steps=lambda values: trials.trial_config(values).last_step,
         end_trial=end_trial,
         end_all=lambda: ray.get(monitor.stop.remote()),
         settle=settled,

@@ -303,6 +303,46 @@ def test_init_from_starts_with_the_other_runs_weights(tiny: Make) -> None:
     assert all(torch.allclose(source[key], after[key], atol=1e-6) for key in source)
 
 
+@pytest.mark.parametrize("stop", [2, 12])
+def test_continued_from_another_run_is_as_if_it_had_never_stopped(tiny: Make, stop: int) -> None:
+    whole = train(tiny(), name="whole", local=True, track=False)
+    warm_up = train(
+        tiny(training__stop_at=stop, checkpoint__keep_full_state=True), name="warm-up", local=True, track=False
+    )
+    assert (warm_up.state, warm_up.step) == ("finished", stop)
+    rest = train(tiny(continue_from="warm-up"), name="rest", local=True, track=False)
+    assert rest.step == whole.step > stop
+    for file in ("online.safetensors", "assignment.safetensors"):
+        ours, theirs = (load_file(Path(one.last_checkpoint or "") / file) for one in (rest, whole))
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_what_goes_on_from_a_warm_up_starts_at_its_own_threshold(tiny: Make) -> None:
+    train(tiny(training__stop_at=1, checkpoint__keep_full_state=True), name="warm-up", local=True, track=False)
+    config = tiny(
+        continue_from="warm-up",
+        pseudo_labels__policy="single",
+        pseudo_labels__threshold=0.7,
+        dynamic_threshold__enabled=False,
+    )
+    result = train(config, name="rest", local=True, track=False)
+    said = json.loads((Path(result.last_checkpoint or "") / "checkpoint.json").read_text())
+    assert list(said["thresholds"].values()) == pytest.approx([0.7, 0.7])
+
+
+def test_only_a_whole_and_earlier_state_can_be_continued_from(tiny: Make) -> None:
+    train(tiny(), name="weights", local=True, track=False)
+    with pytest.raises(UserError, match="weights only"):
+        train(tiny(continue_from="weights"), name="rest", local=True, track=False)
+    train(tiny(checkpoint__keep_full_state=True), name="whole", local=True, track=False)
+    with pytest.raises(UserError, match="continue from an earlier run"):
+        train(tiny(continue_from="whole"), name="rest", local=True, track=False)
+    with pytest.raises(UserError, match="give one of them"):
+        tiny(continue_from="whole", init_from="whole")
+    with pytest.raises(UserError, match=r"training\.stop_at"):
+        tiny(training__stop_at=100_000)
+
+
 def plain_name(distribution: str) -> str:
     return re.sub(r"[-_.]+", "-", distribution).lower()
 
