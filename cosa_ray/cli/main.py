@@ -11,6 +11,7 @@ import typer
 
 from cosa_ray import __version__
 from cosa_ray.cli import config, data, jobs, submit
+from cosa_ray.cli.ablate import ablate
 from cosa_ray.cli.compare import compare
 from cosa_ray.cli.demo import demo
 from cosa_ray.cli.evaluate import evaluate
@@ -38,6 +39,7 @@ app.command()(train)
 app.command()(tune)
 app.command()(status)
 app.command()(promote)
+app.command()(ablate)
 app.command()(evaluate)
 app.command()(compare)
 app.command()(predict)

@@ -88,6 +88,11 @@ def in_run_protocol(config: Config) -> Protocol:
     )
 
 
+def own_protocol(config: Config) -> Protocol:
+    """That of a run's own evaluations, over the whole split: what a finished run is evaluated with."""
+    return in_run_protocol(config).model_copy(update={"subset": None})
+
+
 def shipped_protocols() -> list[str]:
     """Names of the protocols that come with the package."""
     return sorted(path.stem for path in (SHIPPED / PROTOCOLS).glob("*.yaml"))

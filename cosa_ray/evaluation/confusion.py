@@ -87,7 +87,7 @@ def bootstrap_interval(
     """
     if not len(totals):
         return float("nan"), float("nan")
-    return _middle(_resampled([totals], resamples, seed)[0], level)
+    return _middle(resampled_mious([totals], resamples, seed)[0], level)
 
 
 def paired_intervals(
@@ -102,12 +102,12 @@ def paired_intervals(
     groups = [totals[None] if totals.ndim == 3 else totals for totals in sides]
     if not groups[0].shape[1]:
         return [(float("nan"), float("nan"))] * (len(sides) - 1)
-    found = iter(_resampled([run for group in groups for run in group], resamples, seed))
+    found = iter(resampled_mious([run for group in groups for run in group], resamples, seed))
     first, *others = [np.mean([next(found) for _ in group], axis=0) for group in groups]
     return [_middle(other - first, level) for other in others]
 
 
-def _resampled(runs: Sequence[np.ndarray], resamples: int, seed: int) -> np.ndarray:
+def resampled_mious(runs: Sequence[np.ndarray], resamples: int, seed: int) -> np.ndarray:
     """mIoU of runs' totals (N, 3, K) in resamples of the images, the same for every run: (runs, resamples)."""
     images = len(runs[0])
     rng = np.random.default_rng(seed)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cosa_ray.config.load import apply_overrides
-from cosa_ray.config.protocol import Protocol, in_run_protocol, load_protocol
+from cosa_ray.config.protocol import Protocol, load_protocol, own_protocol
 from cosa_ray.config.schema import Config
 from cosa_ray.data.card import CARD, DatasetCard
 from cosa_ray.data.dataset import Split, open_dataset
@@ -155,7 +155,7 @@ def _prepare(
     """Find every mistake before anything starts."""
     entry = choose_checkpoint(found, which)
     config = found.config()
-    chosen = load_protocol(protocol) if protocol else in_run_protocol(config).model_copy(update={"subset": None})
+    chosen = load_protocol(protocol) if protocol else own_protocol(config)
     if chosen.crf is not None:
         require_crf(f"protocol {chosen.name}")
     name = split or chosen.split or config.data.val_split

@@ -34,7 +34,7 @@ _HELD = (
 
 def check_sweep(sweep: Sweep, base: Config, where: str) -> None:
     """Refuse a sweep whose space can produce an invalid experiment, or whose schedule or budget cannot work."""
-    check_space(sweep.space, base, where)
+    check_space(sweep.space, base, where, drawn=sweep.search != "points")
     if isinstance(base.workers, Elastic):
         raise UserError(
             f"{where}: workers is a range, which is for single runs (a sweep divides the cluster among its trials); "

@@ -247,12 +247,12 @@ def with_dimensions(space: Any, given: Mapping[str, Any]) -> Any:
     return changed
 
 
-def check_space(space: Space, base: Config, where: str) -> None:
+def check_space(space: Space, base: Config, where: str, *, drawn: bool = True) -> None:
     """Refuse a space that names no setting, a shared one, or that can produce an experiment that is not valid.
 
     Checks the corners of the space (all of them up to 256, else those of every pair of settings, the rest at random,
-    and 64 more) and 64 seeded draws of its inside. Raises UserError naming the key, the nearest valid key, and the
-    offending values.
+    and 64 more) and 64 seeded draws of its inside, unless nothing is `drawn` from it. Raises UserError naming the key,
+    the nearest valid key, and the offending values.
     """
     if not space:
         raise UserError(f"{where}: space is empty; name at least one setting to vary.")
@@ -284,7 +284,7 @@ def check_space(space: Space, base: Config, where: str) -> None:
     for key, dimension in space.items():
         if dimension.times != 1.0 and not all(map(is_number, _origin(space, key).corners())):
             raise UserError(f"{where}: space.{key} is {dimension.times:g} times {dimension.same}, which is no number.")
-    for values in points(space):
+    for values in points(space) if drawn else ():
         shown = ", ".join(f"{key}={_short(value)}" for key, value in values.items())
         apply_overrides(base, values, f"{where}: the space can produce {shown}, and then")
 

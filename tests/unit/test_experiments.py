@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cosa_ray.ablation.plan import load_ablation, plan_ablation
 from cosa_ray.config.load import SHIPPED, apply_overrides, load_config, shipped_experiments
 from cosa_ray.config.schema import Config
 from cosa_ray.data.dataset import open_dataset
@@ -15,8 +16,9 @@ from cosa_ray.training.driver import train
 from cosa_ray.tuning.check import check_sweep
 from cosa_ray.tuning.sweepfile import load_sweep
 
-EXPERIMENTS = [name for name in shipped_experiments() if not name.startswith("sweeps/")]
+EXPERIMENTS = [name for name in shipped_experiments() if not name.startswith(("sweeps/", "ablations/"))]
 SWEEPS = [name for name in shipped_experiments() if name.startswith("sweeps/")]
+ABLATIONS = [name for name in shipped_experiments() if name.startswith("ablations/")]
 HEAD = ("Purpose:", "Hardware:", "Expected:", "Command:")
 
 
@@ -112,7 +114,14 @@ def test_sweep_validates(name: str) -> None:
     check_sweep(sweep, base, name)
 
 
-@pytest.mark.parametrize("name", [name for name in EXPERIMENTS + SWEEPS if not name.startswith("presets/")])
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_ablation_validates(name: str) -> None:
+    plan = plan_ablation(*load_ablation(name), "study", 3)
+    check_sweep(plan.sweep, plan.base, name)
+    assert plan.warm_ups
+
+
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS + SWEEPS + ABLATIONS if not name.startswith("presets/")])
 def test_experiment_says_what_it_is_for(name: str) -> None:
     head = "".join(line for line in (SHIPPED / name).read_text().splitlines(keepends=True) if line.startswith("#"))
     for word in HEAD:

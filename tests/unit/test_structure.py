@@ -25,6 +25,7 @@ FLOORS = [
     "tuning",
     "jobs",
     "reporting",
+    "ablation",
     "cli",
 ]
 # What must stay unimported until a verb runs.

@@ -1,0 +1,1 @@
+"""Ablations: rows that differ by one term, with seeds that share what comes before the difference."""

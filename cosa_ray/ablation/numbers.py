@@ -1,0 +1,124 @@
+"""What a study's rows measured: means over seeds, differences from the row each follows, and what noise explains."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cosa_ray.evaluation.confusion import resampled_mious
+
+RESAMPLES = 2000
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Value:
+    """A metric of one row: by seed, their mean and standard deviation (n - 1; None with one seed)."""
+
+    by_seed: dict[int, float]
+    mean: float
+    deviation: float | None
+
+
+@dataclass(frozen=True)
+class Step:
+    """A metric of a row less that of the row it follows, seed by seed.
+
+    deviation: of the paired differences. interval: 95 % bootstrap over seeds, and over the images both were evaluated
+    on where their counts are kept; None with one seed and no counts. within_noise: the interval holds 0, or the mean is
+    below twice its standard error over seeds; None where there is neither.
+    """
+
+    by_seed: dict[int, float]
+    mean: float
+    deviation: float | None
+    interval: tuple[float, float] | None
+    over: str
+    within_noise: bool | None
+
+    @property
+    def words(self) -> str:
+        """The plain verdict."""
+        if self.within_noise is None:
+            return "one seed: not known"
+        if self.within_noise:
+            return "within noise"
+        return "better" if self.mean > 0 else "worse"
+
+
+def value_of(by_seed: Mapping[int, float]) -> Value | None:
+    """Mean and deviation of what seeds measured; None where none did."""
+    known = {seed: value for seed, value in sorted(by_seed.items()) if math.isfinite(value)}
+    if not known:
+        return None
+    values = list(known.values())
+    return Value(known, float(np.mean(values)), _deviation(values))
+
+
+def step_of(
+    above: Mapping[int, float],
+    row: Mapping[int, float],
+    images: tuple[Mapping[int, np.ndarray], Mapping[int, np.ndarray]] | None = None,
+    *,
+    resamples: int = RESAMPLES,
+) -> Step | None:
+    """The paired difference of two rows over the seeds both have; None where they have none in common.
+
+    Args:
+        above, row: the metric by seed, of the row that is followed and of the one that follows.
+        images: of each by seed the totals per image (N, 3, K) whose mIoU the metric is, rows the same images.
+    """
+    seeds = [seed for seed in sorted(row) if seed in above and math.isfinite(row[seed]) and math.isfinite(above[seed])]
+    if not seeds:
+        return None
+    differences = [row[seed] - above[seed] for seed in seeds]
+    mean, deviation = float(np.mean(differences)), _deviation(differences)
+    interval, over = None, ""
+    if images is not None and all(seed in each for each in images for seed in seeds):
+        interval = interval_over_both(
+            [images[0][seed] for seed in seeds], [images[1][seed] for seed in seeds], resamples
+        )
+        over = f"{len(seeds)} seeds and {len(images[0][seeds[0]]):,} images" if len(seeds) > 1 else "images"
+    elif len(seeds) > 1:
+        interval, over = _middle(_drawn(np.array(differences)[:, None].repeat(resamples, 1))), f"{len(seeds)} seeds"
+    noise = None
+    if len(seeds) > 1:
+        assert deviation is not None and interval is not None
+        small = abs(mean) < 2 * deviation / math.sqrt(len(seeds))
+        noise = small or interval[0] <= 0 <= interval[1]
+    by_seed = dict(zip(seeds, differences, strict=True))
+    return Step(by_seed, mean, deviation, interval, over, noise)
+
+
+def interval_over_both(
+    above: Sequence[np.ndarray], row: Sequence[np.ndarray], resamples: int = RESAMPLES
+) -> tuple[float, float]:
+    """95 % bootstrap of the mean over seeds of a paired mIoU difference, over seeds and over images at once.
+
+    A resample draws images, the same for all seeds and both rows, and seeds, the same for both rows (ours; Efron's
+    percentile bootstrap of two crossed factors).
+
+    Args:
+        above, row: totals (N, 3, K) per image, seed by seed.
+    """
+    mious = resampled_mious([*above, *row], resamples, 0)
+    return _middle(_drawn(mious[len(above) :] - mious[: len(above)]))
+
+
+def _drawn(differences: np.ndarray) -> np.ndarray:
+    """Means over seeds drawn again in every resample: (seeds, resamples) to (resamples,)."""
+    seeds, resamples = differences.shape
+    chosen = np.random.default_rng(1).integers(seeds, size=(seeds, resamples))
+    return np.take_along_axis(differences, chosen, axis=0).mean(0)
+
+
+def _middle(values: np.ndarray) -> tuple[float, float]:
+    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+def _deviation(values: Sequence[float]) -> float | None:
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None

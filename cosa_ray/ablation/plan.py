@@ -1,0 +1,235 @@
+"""What an ablation file says, and the runs that come of it: one warm-up a seed, shared by the rows that agree on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError, model_validator
+
+from cosa_ray.config.load import (
+    apply_overrides,
+    explain,
+    find_experiment,
+    flatten,
+    load_config,
+    merge,
+    parse_overrides,
+    read_yaml,
+)
+from cosa_ray.config.schema import Config
+from cosa_ray.config.section import Count, Section
+from cosa_ray.errors import UserError
+from cosa_ray.tuning.space import SHARED, Dimension
+from cosa_ray.tuning.sweepfile import Sweep
+from cosa_ray.tuning.values import as_value
+
+FOLDER = "ablations"  # of the shipped ones
+# What acts from co-training on, or from the steps before it that fill the ring: rows may differ there and share all of
+# the warm-up before.
+LATER = (
+    "pseudo_labels.",
+    "dynamic_threshold.",
+    "losses.",
+    "contrastive.",
+    "dense_energy.",
+    "assignment.scales",
+    "assignment.flip",
+)
+_OURS = ("seed", "continue_from", "init_from", "training.stop_at")
+
+
+class Row(Section):
+    """One arm of the study."""
+
+    name: str = Field(min_length=1, description="What it is called in tables.")
+    set: dict[str, Any] = Field(
+        default_factory=dict, description="Dotted settings, on top of those of the row it follows."
+    )
+    after: str | None = Field(
+        None, description="Row it builds on and is compared with; null is the one above, of the first the base."
+    )
+
+
+class Ablation(Section):
+    """A study: a base experiment and rows, each of which differs from the one it follows by what it sets."""
+
+    base: str = Field(description="Experiment file, by path (from this file) or shipped name.")
+    set: dict[str, Any] = Field(default_factory=dict, description="Overrides of the base, dotted keys.")
+    rows: tuple[Row, ...] = Field(min_length=2, description="The arms, each after the one it builds on.")
+    share_warm_up: bool = Field(
+        True, description="One classification warm-up a seed for all rows that agree on it, instead of one a row."
+    )
+    concurrency: Count | None = Field(None, description="Runs at a time; null fills the cluster.")
+
+    @model_validator(mode="after")
+    def _follows(self) -> Ablation:
+        known: list[str] = []
+        for row in self.rows:
+            if row.name in known:
+                raise ValueError(f"two rows are called {row.name}; name them apart")
+            if row.after is not None and row.after not in known:
+                raise ValueError(f"row {row.name} is after {row.after}, which is no row above it")
+            known.append(row.name)
+        for place, row in enumerate(self.rows):
+            if place and not row.set:
+                raise ValueError(f"row {row.name} sets nothing, so it is the same as the one it follows")
+        return self
+
+    def before(self, place: int) -> int | None:
+        """The row that one follows; None of the first."""
+        after = self.rows[place].after
+        if after is None:
+            return place - 1 if place else None
+        return [row.name for row in self.rows].index(after)
+
+    def settings(self, place: int) -> dict[str, Any]:
+        """All that a row sets, what it builds on included."""
+        before = self.before(place)
+        return {**(self.settings(before) if before is not None else {}), **self.rows[place].set}
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """What runs before rows part: the experiment (its seed and all), up to `config.training.stop_at`."""
+
+    name: str
+    config: Config
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The runs of a study: warm-ups first, then a sweep whose points are the rows, seed by seed.
+
+    `points` are the sweep's in order, as (row, seed); `said` is worth saying before it starts.
+    """
+
+    warm_ups: list[WarmUp]
+    sweep: Sweep
+    base: Config
+    points: list[tuple[int, int]]
+    said: list[str] = field(default_factory=list)
+
+
+def load_ablation(file: str | Path, overrides: Sequence[str] = ()) -> tuple[Ablation, Config]:
+    """An ablation and its base experiment with `key=value` overrides: the file's own keys first, else the base's.
+
+    Raises UserError naming the key, the file and the nearest valid key.
+    """
+    path = _find(file)
+    content = read_yaml(path)
+    if "base" not in content or "rows" not in content:
+        raise UserError(
+            f"{path}: no ablation file, it lacks {'base' if 'base' not in content else 'rows'}; an ablation names a "
+            "base experiment and rows of settings."
+        )
+    given = parse_overrides(overrides)
+    own = {key: given.pop(key) for key in list(given) if key in Ablation.model_fields and key not in ("base", "set")}
+    try:
+        ablation = Ablation.model_validate(merge(content, own))
+    except ValidationError as error:
+        raise UserError(explain(error, str(path), Ablation)) from None
+    base = apply_overrides(load_config(find_experiment(ablation.base, path.parent)), ablation.set, f"{path}: set")
+    return ablation, apply_overrides(base, given, "--set") if given else base
+
+
+def plan_ablation(ablation: Ablation, base: Config, name: str, seeds: int) -> Plan:
+    """The runs of a study under a name. Raises UserError for a row that is no experiment, or none of a study."""
+    rows = [_row(ablation, base, place) for place in range(len(ablation.rows))]
+    varied = _varied(base, rows)
+    numbers = range(base.seed, base.seed + seeds)
+    groups = _groups(rows) if ablation.share_warm_up else []
+    warm_ups: list[WarmUp] = []
+    starts: dict[tuple[int, int], str] = {}
+    said = []
+    for number, members in enumerate(groups):
+        stop = _parting(rows, members)
+        if stop < 1 or len(members) < 2:
+            continue
+        label = f"{name}-warm-up" + (f"-{number}" if len(groups) > 1 else "")
+        for seed in numbers:
+            changes = {"seed": seed, "training.stop_at": stop, "checkpoint.keep_full_state": True}
+            warm_ups.append(WarmUp(f"{label}-seed{seed}", apply_overrides(rows[members[0]], changes, label)))
+            starts |= {(row, seed): warm_ups[-1].name for row in members}
+        names = ", ".join(ablation.rows[row].name for row in members)
+        said.append(f"{names}: one warm-up of {stop} steps a seed for all {len(members)}")
+    alone = [row.name for place, row in enumerate(ablation.rows) if (place, base.seed) not in starts]
+    if alone and ablation.share_warm_up:
+        said.append(f"{', '.join(alone)}: with a warm-up of {'its' if len(alone) == 1 else 'their'} own")
+    points = [(row, seed) for seed in numbers for row in range(len(rows))]
+    values = [
+        {"seed": seed, "continue_from": starts.get((row, seed)), **{key: flatten(rows[row])[key] for key in varied}}
+        for row, seed in points
+    ]
+    space = {key: Dimension(choice=_different([value[key] for value in values])) for key in values[0]}
+    sweep = Sweep(
+        base=ablation.base,
+        space={key: dimension for key, dimension in space.items() if len(dimension.choice or ()) > 1},
+        search="points",
+        points=tuple({key: value for key, value in point.items() if key in _several(space)} for point in values),
+        keep="all",
+        concurrency=ablation.concurrency,
+    )
+    fixed = {key: values[0][key] for key in ("seed", "continue_from") if key not in sweep.space}
+    return Plan(warm_ups, sweep, apply_overrides(base, fixed, name), points, said)
+
+
+def _several(space: dict[str, Dimension]) -> list[str]:
+    return [key for key, dimension in space.items() if len(dimension.choice or ()) > 1]
+
+
+def _row(ablation: Ablation, base: Config, place: int) -> Config:
+    """A row's experiment."""
+    name = ablation.rows[place].name
+    settings = ablation.settings(place)
+    for key in settings:
+        if key in _OURS or key.startswith(SHARED):
+            raise UserError(f"row {name}: {key} is the study's own or shared by its rows; leave it out.")
+    return apply_overrides(base, settings, f"row {name}")
+
+
+def _varied(base: Config, rows: Sequence[Config]) -> list[str]:
+    """Settings in which rows differ from each other or from the base, as dotted keys."""
+    tables = [flatten(each) for each in (base, *rows)]
+    keys = [key for key in tables[0] if any(table.get(key) != tables[0][key] for table in tables)]
+    for key in keys:
+        if any(isinstance(table.get(key), dict) for table in tables):
+            raise UserError(f"{key} differs between rows as a whole; set its single values in the rows.")
+    return keys
+
+
+def _groups(rows: Sequence[Config]) -> list[list[int]]:
+    """Rows that agree on everything before they may part."""
+    found: dict[str, list[int]] = {}
+    for place, row in enumerate(rows):
+        own = {key: value for key, value in flatten(row).items() if not key.startswith(LATER)}
+        found.setdefault(repr(sorted(own.items())), []).append(place)
+    return list(found.values())
+
+
+def _parting(rows: Sequence[Config], members: Sequence[int]) -> int:
+    """The last step that rows have in common: before the first of them fills its ring."""
+    dynamic = [rows[row].dynamic_threshold for row in members]
+    filling = max((each.batches for each in dynamic if each.enabled), default=0)
+    return rows[members[0]].training.warmup_iters - filling
+
+
+def _different(values: Sequence[Any]) -> tuple[Any, ...]:
+    found: list[Any] = []
+    for value in map(as_value, values):
+        if value not in found:
+            found.append(value)
+    return tuple(found)
+
+
+def _find(file: str | Path) -> Path:
+    """Path of an ablation file given by path, or by the name of a shipped one."""
+    path = Path(file)
+    if path.is_file():
+        return path.resolve()
+    try:
+        return find_experiment(Path(FOLDER) / path)
+    except UserError:
+        return find_experiment(path)

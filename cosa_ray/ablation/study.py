@@ -1,0 +1,246 @@
+"""Run a study: warm-ups, rows, an evaluation of every run's last checkpoint, and what the differences are worth."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from cosa_ray.ablation.numbers import Step, Value, step_of, value_of
+from cosa_ray.ablation.plan import Ablation, Plan, WarmUp, plan_ablation
+from cosa_ray.ablation.table import markdown
+from cosa_ray.config.protocol import Protocol, load_protocol
+from cosa_ray.config.schema import Config
+from cosa_ray.errors import RunFailed, UserError
+from cosa_ray.training.storage import RunFolder
+from cosa_ray.tuning.sweep import SWEEP_FILE, run_sweep
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from cosa_ray.reporting.evaluated import Evaluated
+    from cosa_ray.training.session import Progress
+    from cosa_ray.tuning.results import SweepResult
+    from cosa_ray.tuning.watch import SweepProgress
+
+log = logging.getLogger(__name__)
+RESULT_FILE, TABLE_FILE = "ablation.json", "ablation.md"
+
+# Displays: opened for the time of a warm-up, of the sweep, or of one evaluation of this title.
+Training = Callable[[], contextlib.AbstractContextManager["Callable[[Progress], None] | None"]]
+Sweeping = Callable[[], contextlib.AbstractContextManager["Callable[[SweepProgress], None] | None"]]
+Counting = Callable[[str], contextlib.AbstractContextManager[Callable[[int, int], None] | None]]
+
+
+def _silent(title: str = "") -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()
+
+
+@dataclass(frozen=True)
+class Displays:
+    """What shows how far everything is; None shows nothing."""
+
+    training: Training = _silent
+    sweeping: Sweeping = _silent
+    counting: Counting = _silent
+
+
+@dataclass(frozen=True)
+class RowResult:
+    """A row: what it sets, the row it follows, its runs by seed, its metrics, and its steps from that row.
+
+    metrics are those of the evaluation of the last checkpoint, by name; steps of the same.
+    """
+
+    name: str
+    sets: dict[str, Any]
+    after: str | None
+    runs: dict[int, str]
+    metrics: dict[str, Value]
+    steps: dict[str, Step]
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a study came to: finished, or stopped before all runs had ended. headline: the metric of the table."""
+
+    name: str
+    folder: str
+    state: str
+    headline: str
+    seeds: list[int]
+    rows: list[RowResult] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    parent_run_id: str | None = None
+    tracking_uri: str | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """A JSON-ready mapping."""
+        return asdict(self)
+
+
+def run_ablation(
+    ablation: Ablation,
+    base: Config,
+    *,
+    name: str,
+    seeds: int,
+    protocol: str | None = None,
+    resume: bool = False,
+    track: bool = True,
+    displays: Displays | None = None,
+    say: Callable[[str], None] = log.info,
+) -> Study:
+    """Train every row with every seed, evaluate the last checkpoints, and compare; the function of the verb.
+
+    Rows of one seed that agree on the warm-up go on from one checkpoint of it. The rows are a sweep called `name`, so
+    `resume` goes on after a stop or a kill. protocol: what is evaluated with, None is the runs' own over the whole
+    split. Results go into the sweep's folder. Raises UserError before anything starts, RunFailed when no run succeeded.
+    """
+    from cosa_ray.training.driver import resolve
+    from cosa_ray.training.ray_train import ray_cluster
+
+    displays = displays or Displays()
+    if seeds < 1:
+        raise UserError(f"--seeds {seeds}: a study has at least one seed.")
+    read = load_protocol(protocol) if protocol is not None else None
+    plan = plan_ablation(ablation, resolve(base, track), name, seeds)
+    storage = plan.base.storage.rstrip("/")
+    if not resume and RunFolder(f"{storage}/{name}").exists(SWEEP_FILE):
+        raise UserError(
+            f"study {name} exists already in {storage}: continue it with --resume, or choose another --name."
+        )
+    say(f"{name}: {len(ablation.rows)} rows with seeds {base.seed} to {base.seed + seeds - 1}")
+    for line in plan.said:
+        say(line)
+    with ray_cluster():
+        for warm_up in plan.warm_ups:
+            if not _warm_up(warm_up, track, displays):
+                return Study(name, f"{storage}/{name}", "stopped", "", [])
+        with displays.sweeping() as show:
+            result = run_sweep(plan.sweep, plan.base, name=name, resume=resume, track=track, show=show, say=say)
+        if result.state == "stopped":
+            return Study(name, result.folder, "stopped", result.metric, [])
+        evaluated = _evaluate(result, protocol, read, track, displays, say)
+    study = sum_up(ablation, plan, result, evaluated)
+    folder = RunFolder(result.folder)
+    folder.write_text(RESULT_FILE, json.dumps(study.as_json(), indent=1))
+    folder.write_text(TABLE_FILE, markdown(study))
+    return study
+
+
+def _warm_up(warm_up: WarmUp, track: bool, displays: Displays) -> bool:
+    """Train what rows share, unless it is there; False when it was stopped on the way."""
+    from cosa_ray.training.driver import train
+    from cosa_ray.training.runs import read_run
+
+    there = read_run(f"{warm_up.config.storage.rstrip('/')}/{warm_up.name}")
+    with displays.training() as show:
+        done = train(warm_up.config, name=warm_up.name, resume=there is not None, track=track, show=show)
+    return done.state == "finished"
+
+
+def _evaluate(
+    result: SweepResult,
+    word: str | None,
+    protocol: Protocol | None,
+    track: bool,
+    displays: Displays,
+    say: Callable[[str], None],
+) -> dict[str, Evaluated]:
+    """The evaluation of every finished run's last checkpoint, by trial; made unless it is there."""
+    from cosa_ray.training.evaluating import evaluate_run
+
+    found: dict[str, Evaluated] = {}
+    for trial in result.trials:
+        if trial.state != "finished":
+            continue
+        evaluated = _evaluated(trial.folder, protocol)
+        if evaluated is None:
+            title = f"evaluate {trial.name}"
+            with displays.counting(title) as count:
+                report = evaluate_run(trial.folder, protocol=word, which="last", track=track, show=count)
+            plain = report.metrics.get(f"{report.prefix}/miou")
+            say(title + ("" if plain is None else f": {report.prefix}/miou {plain:.4f}"))
+            evaluated = _evaluated(trial.folder, protocol)
+            assert evaluated is not None
+        found[trial.id] = evaluated
+    return found
+
+
+def _evaluated(folder: str, protocol: Protocol | None) -> Evaluated | None:
+    """The evaluation of a run's last checkpoint under a protocol (None: its own) that is there already."""
+    from cosa_ray.config.protocol import own_protocol
+    from cosa_ray.reporting.evaluated import Evaluated
+    from cosa_ray.training.evaluating import read_evaluations
+    from cosa_ray.training.runs import find_run
+
+    run = find_run(folder)
+    config, last = run.config(), run.last()
+    wanted = protocol or own_protocol(config)
+    data = (last.name, config.data.dataset, wanted.split or config.data.val_split)
+    for place, report in read_evaluations(run):
+        same = (report.checkpoint, report.dataset, report.split) == data
+        if same and Protocol.model_validate(report.protocol) == wanted:
+            return Evaluated(run, place, report)
+    return None
+
+
+def sum_up(ablation: Ablation, plan: Plan, result: SweepResult, evaluated: Mapping[str, Evaluated]) -> Study:
+    """Rows with their values and steps, from the evaluations of the runs of a sweep whose points the plan lists."""
+    if not evaluated:
+        raise RunFailed(f"study {result.name}: no run has come to an evaluation (folder {result.folder}).")
+    at = {trial.id: plan.points[trial.configuration] for trial in result.trials}
+    prefix = next(iter(evaluated.values())).report.prefix
+    runs: list[dict[int, str]] = [{} for _ in ablation.rows]
+    measured: list[dict[str, dict[int, float]]] = [{} for _ in ablation.rows]
+    images: list[dict[str, dict[int, np.ndarray]]] = [{} for _ in ablation.rows]
+    for trial in result.trials:
+        row, seed = at[trial.id]
+        runs[row][seed] = trial.name
+        if (found := evaluated.get(trial.id)) is None:
+            continue
+        for key, value in found.report.metrics.items():
+            if not key.endswith(("_ci_low", "_ci_high")):
+                measured[row].setdefault(key, {})[seed] = value
+        for key, totals in _per_image(found).items():
+            images[row].setdefault(f"{prefix}/{key}", {})[seed] = totals
+    rows = []
+    for place, arm in enumerate(ablation.rows):
+        above = ablation.before(place)
+        metrics = {key: mean for key, by_seed in measured[place].items() if (mean := value_of(by_seed)) is not None}
+        steps: dict[str, Step] = {}
+        if above is not None:
+            for key in metrics:
+                counts = images[above].get(key), images[place].get(key)
+                both = (counts[0], counts[1]) if counts[0] and counts[1] else None
+                step = step_of(measured[above].get(key, {}), measured[place][key], both)
+                steps |= {key: step} if step is not None else {}
+        after = None if above is None else ablation.rows[above].name
+        rows.append(RowResult(arm.name, dict(arm.set), after, runs[place], metrics, steps))
+    failed = [f"{trial.name}: {trial.cause or trial.state}" for trial in result.trials if trial.id not in evaluated]
+    seeds = sorted({seed for _, seed in plan.points})
+    headline = f"{prefix}/miou"
+    return Study(
+        result.name,
+        result.folder,
+        "finished",
+        headline,
+        seeds,
+        rows,
+        failed,
+        result.parent_run_id,
+        result.tracking_uri,
+    )
+
+
+def _per_image(evaluated: Evaluated) -> dict[str, np.ndarray]:
+    """Totals per image (N, 3, K), images by name, of an evaluation's mIoUs."""
+    import numpy as np
+
+    ids, totals = evaluated.per_image()
+    order = np.argsort(ids)
+    return {key: table[order] for key, table in totals.items()}

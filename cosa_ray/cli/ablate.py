@@ -1,0 +1,76 @@
+"""`cosa-ray ablate`: which part of the method does what, with seeds."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cosa_ray.cli.output import count_bar, json_only, progress_line, say, table
+from cosa_ray.cli.train import AsJson, Set
+
+if TYPE_CHECKING:
+    from cosa_ray.ablation.study import Study
+
+
+def ablate(
+    file: Annotated[str, typer.Argument(help="Ablation file, by path or by the name of a shipped one.")],
+    seeds: Annotated[int, typer.Option(help="Seeds of every row, from the base's seed on.")] = 3,
+    set_: Set = None,
+    name: Annotated[str | None, typer.Option(help="Name of the study; its folder is STORAGE/NAME.")] = None,
+    protocol: Annotated[
+        str | None, typer.Option(help="Protocol the last checkpoints are evaluated with; the runs' own without it.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the study of this name.")] = False,
+    no_track: Annotated[bool, typer.Option("--no-track", help="Without MLflow.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train rows that differ by one term, each with every seed, and say which differences noise explains.
+
+    Rows of one seed share their classification warm-up. Compared are last checkpoints, never the best on val.
+
+    Examples: cosa-ray ablate shapes --seeds 3 --name terms; cosa-ray ablate shapes --name terms --resume
+    """
+    from cosa_ray.errors import UserError
+
+    if resume and name is None:
+        raise UserError("--resume needs the --name of the study to continue.")
+    name = name or f"{Path(file).stem}-ablation-{time.strftime('%Y%m%d-%H%M%S')}"
+    with json_only(as_json) as emit:
+        from cosa_ray.ablation.plan import load_ablation
+        from cosa_ray.ablation.study import Displays, run_ablation
+        from cosa_ray.cli.tune import sweep_progress
+        from cosa_ray.tracking.ui import command_to_show
+
+        ablation, base = load_ablation(file, set_ or [])
+        study = run_ablation(
+            ablation,
+            base,
+            name=name,
+            seeds=seeds,
+            protocol=protocol,
+            resume=resume,
+            track=not no_track,
+            displays=Displays(progress_line, sweep_progress, count_bar),
+            say=say,
+        )
+        if study.state == "stopped":
+            say(f"stopped; continue with the same command and --name {name} --resume")
+        else:
+            print_study(study, as_json)
+        if study.parent_run_id and study.tracking_uri:
+            say(f"MLflow run {study.parent_run_id} and its children: {command_to_show(study.tracking_uri)}")
+        emit(study.as_json())
+
+
+def print_study(study: Study, as_json: bool) -> None:
+    """Print a study's rows with their steps from the row each follows."""
+    from cosa_ray.ablation.table import COLUMNS, table_rows
+
+    if not as_json:
+        table(f"{study.name}: {study.headline}, last checkpoint, {len(study.seeds)} seeds", COLUMNS, table_rows(study))
+    for failure in study.failed:
+        say(f"no result: {failure}")
+    say(f"all metrics: {study.folder}/ablation.md, ablation.json")

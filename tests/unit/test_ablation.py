@@ -1,0 +1,156 @@
+"""Ablations: what a file may say, which runs come of it, and what noise explains."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cosa_ray.ablation.numbers import interval_over_both, step_of, value_of
+from cosa_ray.ablation.plan import load_ablation, plan_ablation
+from cosa_ray.ablation.study import RowResult, Study
+from cosa_ray.ablation.table import markdown, table_rows
+from cosa_ray.config.load import apply_overrides
+from cosa_ray.errors import UserError
+from cosa_ray.tuning.check import check_sweep
+
+SHORT = ["training.steps=60", "training.warmup_iters=40", "optimiser.warmup_steps=5", "dynamic_threshold.batches=10"]
+
+
+def write(folder: Path, rows: str, more: str = "") -> Path:
+    file = folder / "study.yaml"
+    file.write_text(f"base: shapes\n{more}\nrows:\n{rows}")
+    return file
+
+
+def test_rows_build_on_each_other_and_share_the_warm_up_before_any_ring_is_filled() -> None:
+    ablation, base = load_ablation("shapes", SHORT)
+    plan = plan_ablation(ablation, base, "study", 2)
+    check_sweep(plan.sweep, plan.base, "study")
+    assert [warm_up.name for warm_up in plan.warm_ups] == ["study-warm-up-seed0", "study-warm-up-seed1"]
+    for seed, warm_up in enumerate(plan.warm_ups):
+        assert (warm_up.config.seed, warm_up.config.last_step, warm_up.config.training.steps) == (seed, 30, 60)
+        assert warm_up.config.checkpoint.keep_full_state
+    configs = [apply_overrides(plan.base, point) for point in plan.sweep.points]
+    assert plan.points == [(row, seed) for seed in (0, 1) for row in range(7)]
+    for (row, seed), config in zip(plan.points, configs, strict=True):
+        assert (config.seed, config.continue_from) == (seed, f"study-warm-up-seed{seed}")
+        wanted = apply_overrides(base, {**ablation.settings(row), "seed": seed, "continue_from": config.continue_from})
+        assert config == wanted
+    names = [row.name for row in ablation.rows]
+    assert names[ablation.before(5) or 0] == "+ guided CAM", "the release's rows leave the staircase"
+    for place in range(1, 7):  # a step changes what its row sets, and nothing else
+        above = configs[ablation.before(place) or 0]
+        assert configs[place] == apply_overrides(above, ablation.rows[place].set)
+
+
+def test_rows_of_other_warm_ups_get_their_own(tmp_path: Path) -> None:
+    rows = """
+  - {name: a}
+  - {name: b, set: {losses.contrastive: 0.2}}
+  - {name: c, set: {training.decoder_in_warmup: true}}
+  - {name: d, set: {losses.contrastive: 0.3}}
+  - {name: e, after: a, set: {optimiser.lr: 1.0e-3}}
+"""
+    plan = plan_ablation(*load_ablation(write(tmp_path, rows), SHORT), "s", 1)
+    assert [warm_up.name for warm_up in plan.warm_ups] == ["s-warm-up-0-seed0", "s-warm-up-1-seed0"]
+    assert [point.get("continue_from") for point in plan.sweep.points] == [
+        "s-warm-up-0-seed0",
+        "s-warm-up-0-seed0",
+        "s-warm-up-1-seed0",
+        "s-warm-up-1-seed0",
+        None,
+    ]
+    assert any("e: with a warm-up of its own" in line for line in plan.said)
+    alone = plan_ablation(*load_ablation(write(tmp_path, rows, "share_warm_up: false"), SHORT), "s", 2)
+    assert not alone.warm_ups
+    assert {point["seed"] for point in alone.sweep.points} == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("rows", "sentence"),
+    [
+        ("  - {name: a}", "rows"),
+        ("  - {name: a}\n  - {name: a, set: {seed: 1}}", "two rows are called a"),
+        ("  - {name: a}\n  - {name: b}", "row b sets nothing"),
+        ("  - {name: a}\n  - {name: b, after: z, set: {losses.contrastive: 0.1}}", "after z, which is no row above"),
+        ("  - {name: a}\n  - {name: b, set: {seed: 3}}", "row b: seed is the study's own"),
+        ("  - {name: a}\n  - {name: b, set: {losses.contrastve: 0.1}}", "losses.contrastive"),
+        ("  - {name: a}\n  - {name: b, set: {data.dataset: other}}", "shared by its rows"),
+    ],
+)
+def test_wrong_files_get_one_sentence(tmp_path: Path, rows: str, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence.replace(".", r"\.")):
+        plan_ablation(*load_ablation(write(tmp_path, rows), SHORT), "study", 1)
+
+
+def test_a_step_is_paired_by_seed() -> None:
+    above, row = {0: 0.50, 1: 0.60, 2: 0.40}, {0: 0.52, 1: 0.62, 2: 0.42, 7: 0.9}
+    step = step_of(above, row)
+    assert step is not None
+    assert list(step.by_seed) == [0, 1, 2]
+    assert (step.mean, step.deviation) == (pytest.approx(0.02), pytest.approx(0.0, abs=1e-12))
+    assert step.words == "better", "the seeds differ by far more, and alike in both rows"
+    noisy = step_of(above, {0: 0.55, 1: 0.58, 2: 0.41})
+    assert noisy is not None
+    assert noisy.words == "within noise"
+    alone = step_of({0: 0.5}, {0: 0.7})
+    assert alone is not None
+    assert (alone.deviation, alone.interval, alone.words) == (None, None, "one seed: not known")
+    assert step_of({0: 0.5}, {1: 0.7}) is None
+    value = value_of({1: 0.3, 0: 0.1, 2: float("nan")})
+    assert value is not None
+    assert (value.by_seed, value.mean, value.deviation) == (
+        {0: 0.1, 1: 0.3},
+        pytest.approx(0.2),
+        pytest.approx(np.std([0.1, 0.3], ddof=1)),
+    )
+
+
+def totals(rng: np.random.Generator, images: int, correct: float) -> np.ndarray:
+    """(N, 3, 2): of each image the pixels of two classes, true, predicted and in both."""
+    truth = rng.integers(50, 150, size=(images, 2))
+    both = rng.binomial(truth, correct)
+    predicted = both + (truth - both)[:, ::-1]
+    return np.stack([both, truth, predicted], 1)
+
+
+def test_the_interval_covers_seeds_and_images() -> None:
+    from cosa_ray.evaluation.confusion import ious
+
+    def miou(table: np.ndarray) -> float:
+        return float(np.nanmean(ious(table.sum(0, keepdims=True))))
+
+    rng = np.random.default_rng(0)
+    above, row = [totals(rng, 40, 0.7) for _ in range(3)], [totals(rng, 40, share) for share in (0.7, 0.75, 0.8)]
+    low, high = interval_over_both(above, row, 4000)
+    # By brute force: every draw of seeds there is, images drawn for each.
+    differences = []
+    for seeds in itertools.product(range(3), repeat=3):
+        for _ in range(60):
+            chosen = rng.integers(40, size=40)
+            differences.append(np.mean([miou(row[s][chosen]) - miou(above[s][chosen]) for s in seeds]))
+    assert (low, high) == pytest.approx(np.quantile(differences, [0.025, 0.975]), abs=0.012)
+    one_seed = interval_over_both(above[2:], row[2:], 1000)
+    assert one_seed[1] - one_seed[0] < high - low, "with one seed only images are drawn"
+
+
+def test_tables_show_every_row_and_say_what_is_missing() -> None:
+    value, step = value_of({0: 0.5, 1: 0.52}), step_of({0: 0.5, 1: 0.5}, {0: 0.5, 1: 0.52})
+    assert value is not None
+    assert step is not None
+    rows = [
+        RowResult("base", {}, None, {0: "s-1"}, {"val/miou": value}, {}),
+        RowResult("+ term", {"losses.contrastive": 0.1}, "base", {0: "s-2"}, {"val/miou": value}, {"val/miou": step}),
+        RowResult("lost", {}, "base", {}, {}, {}),
+    ]
+    study = Study("s", "runs/s", "finished", "val/miou", [0, 1], rows, ["s-3: its process was killed"])
+    first, second, third = table_rows(study)
+    assert first == ["base", "0.5100 ± 0.0141", "0.5000, 0.5200", "-", "-", "-", "-"]
+    assert second[3:5] == ["base", "+0.0100 ± 0.0141"]
+    assert second[-1] == "within noise"
+    assert third == ["lost", *["-"] * 6]
+    text = markdown(study)
+    assert "Without a result: s-3: its process was killed" in text
