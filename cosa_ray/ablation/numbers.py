@@ -85,8 +85,7 @@ def step_of(
     elif len(seeds) > 1:
         interval, over = _middle(_drawn(np.array(differences)[:, None].repeat(resamples, 1))), f"{len(seeds)} seeds"
     noise = None
-    if len(seeds) > 1:
-        assert deviation is not None and interval is not None
+    if deviation is not None and interval is not None:
         small = abs(mean) < 2 * deviation / math.sqrt(len(seeds))
         noise = small or interval[0] <= 0 <= interval[1]
     by_seed = dict(zip(seeds, differences, strict=True))

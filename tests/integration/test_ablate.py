@@ -1,0 +1,62 @@
+"""A study on a real cluster: one warm-up a seed, rows that go on from it, last checkpoints compared, nothing twice."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cosa_ray.ablation.plan import Ablation
+from cosa_ray.ablation.study import run_ablation
+from cosa_ray.config.schema import Config
+from cosa_ray.errors import UserError
+from cosa_ray.training.driver import train
+from cosa_ray.training.runs import find_run
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+Make = Callable[..., Config]
+ROWS = [
+    {"name": "base"},
+    {"name": "+ CSC", "set": {"losses.contrastive": 0.3}},
+    {"name": "+ fixed", "set": {"dynamic_threshold.enabled": False}},
+]
+
+
+def test_a_study(ray_cluster: str, tiny: Make) -> None:
+    base = tiny(losses__contrastive=0.0, checkpoint__keep_full_state=True)
+    ablation = Ablation.model_validate({"base": "tiny", "rows": ROWS})
+    said: list[str] = []
+    study = run_ablation(ablation, base, name="study", seeds=2, say=said.append)
+    assert (study.state, study.headline, study.seeds, study.failed) == ("finished", "val/miou", [0, 1], [])
+    assert any("one warm-up of 4 steps a seed for all 3" in line for line in said)
+    assert [row.name for row in study.rows] == [row["name"] for row in ROWS]
+    # The rows are as if each had been trained whole.
+    for seed in (0, 1):
+        alone = train(
+            tiny(losses__contrastive=0.3, seed=seed, checkpoint__keep_full_state=True),
+            name=f"alone-{seed}",
+            local=True,
+            track=False,
+        )
+        run = find_run(study.rows[1].runs[seed], base.storage)
+        assert run.last().metrics["val/miou"] == pytest.approx(alone.last_metrics["val/miou"], abs=1e-6)
+        assert run.config().continue_from == f"study-warm-up-seed{seed}"
+        assert run.last().step == 20
+    for row in study.rows[1:]:
+        step, above = row.steps["val/miou"], study.rows[0 if row.after == "base" else 1]
+        assert row.after == above.name
+        for seed in (0, 1):
+            expected = row.metrics["val/miou"].by_seed[seed] - above.metrics["val/miou"].by_seed[seed]
+            assert step.by_seed[seed] == pytest.approx(expected)
+        assert step.over == "2 seeds and 11 images"
+    folder = Path(study.folder)
+    assert json.loads((folder / "ablation.json").read_text())["rows"][2]["sets"] == ROWS[2]["set"]
+    assert "## val/miou" in (folder / "ablation.md").read_text()
+    with pytest.raises(UserError, match="--resume"):
+        run_ablation(ablation, base, name="study", seeds=2)
+    before = {path: path.stat().st_mtime_ns for path in Path(base.storage).rglob("*.safetensors")}
+    again = run_ablation(ablation, base, name="study", seeds=2, resume=True)
+    assert again.rows == study.rows
+    assert {path: path.stat().st_mtime_ns for path in Path(base.storage).rglob("*.safetensors")} == before
