@@ -113,10 +113,13 @@ class Plan:
     said: list[str] = field(default_factory=list)
 
 
-def load_ablation(file: str | Path, overrides: Sequence[str] = ()) -> tuple[Ablation, Config]:
+def load_ablation(
+    file: str | Path, overrides: Sequence[str] = (), other_base: str | None = None
+) -> tuple[Ablation, Config]:
     """An ablation and its base experiment with `key=value` overrides: the file's own keys first, else the base's.
 
-    Raises UserError naming the key, the file and the nearest valid key.
+    `other_base`: an experiment, by path or shipped name, in place of the file's own. Raises UserError naming the key,
+    the file and the nearest valid key.
     """
     path = _find(file)
     content = read_yaml(path)
@@ -131,7 +134,10 @@ def load_ablation(file: str | Path, overrides: Sequence[str] = ()) -> tuple[Abla
         ablation = Ablation.model_validate(merge(content, own))
     except ValidationError as error:
         raise UserError(explain(error, str(path), Ablation)) from None
-    base = apply_overrides(load_config(find_experiment(ablation.base, path.parent)), ablation.set, f"{path}: set")
+    if other_base is not None:
+        ablation = ablation.model_copy(update={"base": other_base})
+    found = find_experiment(ablation.base, None if other_base is not None else path.parent)
+    base = apply_overrides(load_config(found), ablation.set, f"{path}: set")
     return ablation, apply_overrides(base, given, "--set") if given else base
 
 

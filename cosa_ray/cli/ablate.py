@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 def ablate(
     file: Annotated[str, typer.Argument(help="Ablation file, by path or by the name of a shipped one.")],
     seeds: Annotated[int, typer.Option(help="Seeds of every row, from the base's seed on.")] = 3,
+    base: Annotated[str | None, typer.Option(help="Experiment instead of the file's own base.")] = None,
     set_: Set = None,
     name: Annotated[str | None, typer.Option(help="Name of the study; its folder is STORAGE/NAME.")] = None,
     protocol: Annotated[
@@ -31,7 +32,7 @@ def ablate(
 
     Rows of one seed share their classification warm-up. Compared are last checkpoints, never the best on val.
 
-    Examples: cosa-ray ablate shapes --seeds 3 --name terms; cosa-ray ablate shapes --name terms --resume
+    Examples: cosa-ray ablate terms --seeds 3 --name first; cosa-ray ablate terms --base shapes_coexist --name second
     """
     from cosa_ray.errors import UserError
 
@@ -44,10 +45,10 @@ def ablate(
         from cosa_ray.cli.tune import sweep_progress
         from cosa_ray.tracking.ui import command_to_show
 
-        ablation, base = load_ablation(file, set_ or [])
+        ablation, experiment = load_ablation(file, set_ or [], base)
         study = run_ablation(
             ablation,
-            base,
+            experiment,
             name=name,
             seeds=seeds,
             protocol=protocol,

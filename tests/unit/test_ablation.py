@@ -26,7 +26,7 @@ def write(folder: Path, rows: str, more: str = "") -> Path:
 
 
 def test_rows_build_on_each_other_and_share_the_warm_up_before_any_ring_is_filled() -> None:
-    ablation, base = load_ablation("shapes", SHORT)
+    ablation, base = load_ablation("terms", SHORT)
     plan = plan_ablation(ablation, base, "study", 2)
     check_sweep(plan.sweep, plan.base, "study")
     assert [warm_up.name for warm_up in plan.warm_ups] == ["study-warm-up-seed0", "study-warm-up-seed1"]
@@ -44,6 +44,16 @@ def test_rows_build_on_each_other_and_share_the_warm_up_before_any_ring_is_fille
     for place in range(1, 7):  # a step changes what its row sets, and nothing else
         above = configs[ablation.before(place) or 0]
         assert configs[place] == apply_overrides(above, ablation.rows[place].set)
+
+
+def test_the_rows_fit_on_other_experiments() -> None:
+    ablation, base = load_ablation("terms", [*SHORT, "views.crop=192"], "voc_small")
+    plan = plan_ablation(ablation, base, "study", 1)
+    check_sweep(plan.sweep, plan.base, "study")
+    assert plan.base.model.backbone == "tf_efficientnet_lite0"
+    assert (plan.base.losses.contrastive, plan.base.views.crop) == (0.0, 192)
+    with pytest.raises(UserError, match="no experiment file nonsense"):
+        load_ablation("terms", [], "nonsense")
 
 
 def test_rows_of_other_warm_ups_get_their_own(tmp_path: Path) -> None:
