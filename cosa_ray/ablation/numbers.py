@@ -8,10 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cosa_ray.evaluation.confusion import resampled_mious
+from cosa_ray.evaluation.confusion import middle, resampled_mious
 
 RESAMPLES = 2000
-LEVEL = 0.95
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Step:
             return "one seed: not known"
         if self.within_noise:
             return "within noise"
-        return "better" if self.mean > 0 else "worse"
+        return "higher" if self.mean > 0 else "lower"
 
 
 def value_of(by_seed: Mapping[int, float]) -> Value | None:
@@ -83,7 +82,7 @@ def step_of(
         )
         over = f"{len(seeds)} seeds and {len(images[0][seeds[0]]):,} images" if len(seeds) > 1 else "images"
     elif len(seeds) > 1:
-        interval, over = _middle(_drawn(np.array(differences)[:, None].repeat(resamples, 1))), f"{len(seeds)} seeds"
+        interval, over = middle(_drawn(np.array(differences)[:, None].repeat(resamples, 1))), f"{len(seeds)} seeds"
     noise = None
     if deviation is not None and interval is not None:
         small = abs(mean) < 2 * deviation / math.sqrt(len(seeds))
@@ -104,7 +103,7 @@ def interval_over_both(
         above, row: totals (N, 3, K) per image, seed by seed.
     """
     mious = resampled_mious([*above, *row], resamples, 0)
-    return _middle(_drawn(mious[len(above) :] - mious[: len(above)]))
+    return middle(_drawn(mious[len(above) :] - mious[: len(above)]))
 
 
 def _drawn(differences: np.ndarray) -> np.ndarray:
@@ -112,11 +111,6 @@ def _drawn(differences: np.ndarray) -> np.ndarray:
     seeds, resamples = differences.shape
     chosen = np.random.default_rng(1).integers(seeds, size=(seeds, resamples))
     return np.take_along_axis(differences, chosen, axis=0).mean(0)
-
-
-def _middle(values: np.ndarray) -> tuple[float, float]:
-    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
 
 
 def _deviation(values: Sequence[float]) -> float | None:

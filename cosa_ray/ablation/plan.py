@@ -165,25 +165,23 @@ def plan_ablation(ablation: Ablation, base: Config, name: str, seeds: int) -> Pl
     if alone and ablation.share_warm_up:
         said.append(f"{', '.join(alone)}: with a warm-up of {'its' if len(alone) == 1 else 'their'} own")
     points = [(row, seed) for seed in numbers for row in range(len(rows))]
+    tables = [flatten(row) for row in rows]
     values = [
-        {"seed": seed, "continue_from": starts.get((row, seed)), **{key: flatten(rows[row])[key] for key in varied}}
+        {"seed": seed, "continue_from": starts.get((row, seed)), **{key: tables[row][key] for key in varied}}
         for row, seed in points
     ]
-    space = {key: Dimension(choice=_different([value[key] for value in values])) for key in values[0]}
+    choices = {key: _different([value[key] for value in values]) for key in values[0]}
+    space = {key: Dimension(choice=choice) for key, choice in choices.items() if len(choice) > 1}
     sweep = Sweep(
         base=ablation.base,
-        space={key: dimension for key, dimension in space.items() if len(dimension.choice or ()) > 1},
+        space=space,
         search="points",
-        points=tuple({key: value for key, value in point.items() if key in _several(space)} for point in values),
+        points=tuple({key: value for key, value in point.items() if key in space} for point in values),
         keep="all",
         concurrency=ablation.concurrency,
     )
-    fixed = {key: values[0][key] for key in ("seed", "continue_from") if key not in sweep.space}
+    fixed = {key: values[0][key] for key in ("seed", "continue_from") if key not in space}
     return Plan(warm_ups, sweep, apply_overrides(base, fixed, name), points, said)
-
-
-def _several(space: dict[str, Dimension]) -> list[str]:
-    return [key for key, dimension in space.items() if len(dimension.choice or ()) > 1]
 
 
 def _row(ablation: Ablation, base: Config, place: int) -> Config:

@@ -87,7 +87,7 @@ def bootstrap_interval(
     """
     if not len(totals):
         return float("nan"), float("nan")
-    return _middle(resampled_mious([totals], resamples, seed)[0], level)
+    return middle(resampled_mious([totals], resamples, seed)[0], level)
 
 
 def paired_intervals(
@@ -104,7 +104,7 @@ def paired_intervals(
         return [(float("nan"), float("nan"))] * (len(sides) - 1)
     found = iter(resampled_mious([run for group in groups for run in group], resamples, seed))
     first, *others = [np.mean([next(found) for _ in group], axis=0) for group in groups]
-    return [_middle(other - first, level) for other in others]
+    return [middle(other - first, level) for other in others]
 
 
 def resampled_mious(runs: Sequence[np.ndarray], resamples: int, seed: int) -> np.ndarray:
@@ -124,7 +124,7 @@ def resampled_mious(runs: Sequence[np.ndarray], resamples: int, seed: int) -> np
     return np.concatenate(found, axis=1)
 
 
-def _middle(values: np.ndarray, level: float) -> tuple[float, float]:
+def middle(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
     """The quantiles between which the middle share `level` of the values lies."""
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

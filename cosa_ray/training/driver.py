@@ -205,8 +205,8 @@ def prepare(
         run = create_run(name, config, best_metric(config, metric_prefix(config, images)))
     if tracking is not None:
         run = run.update(tracking_uri=tracking.uri, parent_run_id=parent_run_id)
-    job = Job(name, run.folder.uri, config, tracking, config.resources.cpus_per_worker, init_from, continue_from)
-    return run, replace(job, lease=lease)
+    cpus = config.resources.cpus_per_worker
+    return run, Job(name, run.folder.uri, config, tracking, cpus, init_from, continue_from, lease=lease)
 
 
 def conclude(run: Run, job: Job, outcome: Outcome) -> RunResult:

@@ -183,9 +183,7 @@ class TrainState:
         self.optimiser.load_state_dict(state["optimiser"])
         for group, settings in zip(self.optimiser.param_groups, own, strict=True):
             group.update(settings)
-        if int(
-            state["thresholds"]["seen"]
-        ):  # before that they are where a config says, and whoever goes on has its own
+        if state["thresholds"]["seen"] > 0:  # before, they are where a config starts them, and a run has its own
             self.thresholds.load_state_dict(state["thresholds"])
         torch.set_rng_state(state["rng"])
         self.step = int(state["step"])

@@ -102,7 +102,7 @@ def test_a_step_is_paired_by_seed() -> None:
     assert step is not None
     assert list(step.by_seed) == [0, 1, 2]
     assert (step.mean, step.deviation) == (pytest.approx(0.02), pytest.approx(0.0, abs=1e-12))
-    assert step.words == "better", "the seeds differ by far more, and alike in both rows"
+    assert step.words == "higher", "the seeds differ by far more, and alike in both rows"
     noisy = step_of(above, {0: 0.55, 1: 0.58, 2: 0.41})
     assert noisy is not None
     assert noisy.words == "within noise"
