@@ -45,17 +45,23 @@ def assign_one_by_one(
     return Assignment(cam, cam_aux, torch.stack(fused[2]).sum(0) if segment else None)
 
 
-@torch.no_grad()
-def ema_by_parameter(assignment: nn.Module, online: nn.Module, momentum: float, finite: Tensor) -> None:
-    """As `ema_update`, parameter by parameter."""
-    for theirs, ours in zip(assignment.parameters(), online.parameters(), strict=True):
-        theirs.copy_(torch.where(finite != 0, momentum * theirs + (1 - momentum) * ours, theirs))
-    for mine, source in zip(assignment.buffers(), online.buffers(), strict=True):
-        mine.copy_(torch.where(finite != 0, source, mine))
+class AverageByParameter:
+    """As `MovingAverage`, parameter by parameter."""
+
+    def __init__(self, assignment: nn.Module, online: nn.Module) -> None:
+        self._assignment, self._online = assignment, online
+
+    @torch.no_grad()
+    def update(self, momentum: float, finite: Tensor) -> None:
+        """One step, unless `finite` is 0."""
+        for theirs, ours in zip(self._assignment.parameters(), self._online.parameters(), strict=True):
+            theirs.copy_(torch.where(finite != 0, momentum * theirs + (1 - momentum) * ours, theirs))
+        for mine, source in zip(self._assignment.buffers(), self._online.buffers(), strict=True):
+            mine.copy_(torch.where(finite != 0, source, mine))
 
 
 class PlainAdamW(torch.optim.AdamW):
-    """AdamW over one parameter after the other, which asks the host whether the step was finite."""
+    """AdamW over one parameter after the other, which asks the host whether the step was finite; clips beforehand."""
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
         super().__init__(groups, foreach=False, fused=False)
@@ -63,6 +69,9 @@ class PlainAdamW(torch.optim.AdamW):
     def step(self, closure: Any = None) -> None:
         """One step, unless a run's `found_inf` says that it is not finite."""
         found = self.__dict__.pop("found_inf", None)
-        self.__dict__.pop("grad_scale", None)
+        scale = self.__dict__.pop("grad_scale", None)
         if found is None or not found.item():
+            for group in self.param_groups if scale is not None else ():
+                for parameter in group["params"]:
+                    parameter.grad.div_(scale)
             super().step(closure)

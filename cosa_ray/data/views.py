@@ -28,7 +28,23 @@ def _partly(change: Callable[[Image.Image], Image.Image]) -> _Strong:
     return apply
 
 
-# As ImageOps.solarize and ImageOps.posterize, which build their table anew in Python for every image.
+# As ImageOps.autocontrast, solarize and posterize, which build their tables anew in Python for every image.
+def _autocontrasted(image: Image.Image) -> Image.Image:
+    table: list[int] = []
+    for band in image.split():
+        low, high = band.getextrema()
+        table += _stretched(int(low), int(high))  # type: ignore[arg-type]  # a band's are numbers
+    return image.point(table)
+
+
+@lru_cache(4096)
+def _stretched(low: int, high: int) -> list[int]:
+    if high <= low:
+        return list(range(256))
+    scale = 255.0 / (high - low)
+    return [min(255, max(0, int(value * scale + -low * scale))) for value in range(256)]
+
+
 @lru_cache
 def _solarised(threshold: int) -> list[int]:
     return [value if value < threshold else 255 - value for value in range(256)] * 3
@@ -41,7 +57,7 @@ def _posterised(bits: int) -> list[int]:
 
 _OPERATIONS: dict[StrongOperation, _Strong] = {
     "identity": lambda image, m, u: image,
-    "autocontrast": _partly(ImageOps.autocontrast),
+    "autocontrast": _partly(_autocontrasted),
     "equalise": _partly(ImageOps.equalize),
     "solarise": lambda image, m, u: image.point(_solarised(round(256 - m * 255 * u))),
     "colour": lambda image, m, u: ImageEnhance.Color(image).enhance(_factor(m, u)),

@@ -47,7 +47,8 @@ def assign(
         segment: False leaves the decoder out.
         autocast: dtype of the network's forward passes, None for float32; fusion is always float32.
     """
-    network.eval()
+    if network.training:  # a walk over every module
+        network.eval()
     height, width = images.shape[-2:]
     size = (height // stride, width // stride)
     cams: list[Tensor | None] = [None, None]

@@ -18,13 +18,15 @@ from cosa_ray.method.reliability import perplexity
 class Sample(NamedTuple):
     """Pixels that take part: pixel (B, P) into the flattened grid, label (B, P), taken (B, P) bool.
 
-    both (B,) bool: the image has positive and negative pairs. Their sum over micro-batches and workers is what the
-    loss divides by.
+    positive, negative (B, P, P) bool: ordered pairs of pixels taken, none with itself. both (B,) bool: the image has
+    pairs of either kind. Their sum over micro-batches and workers is what the loss divides by.
     """
 
     pixel: Tensor
     label: Tensor
     taken: Tensor
+    positive: Tensor
+    negative: Tensor
     both: Tensor
 
 
@@ -96,30 +98,21 @@ def contrastive_loss(vectors: Tensor, sample: Sample, temperature: float, images
     chosen = F.normalize(vectors.flatten(2).gather(2, index), dim=1)
     similarity = chosen.transpose(1, 2) @ (chosen / temperature)
     similarity = similarity - similarity.detach().amax(2, keepdim=True)  # keeps the exponentials in range
-    positive, negative = _pairs(sample.label, sample.taken)
     grown = similarity.exp()
-    others = (grown * negative).sum(2, keepdim=True)
-    pair = ((grown + others).clamp(min=torch.finfo(grown.dtype).tiny).log() - similarity) * positive
-    mean = pair.sum((1, 2)) / positive.sum((1, 2)).clamp(min=1)
+    others = (grown * sample.negative).sum(2, keepdim=True)
+    pair = ((grown + others).clamp(min=torch.finfo(grown.dtype).tiny).log() - similarity) * sample.positive
+    mean = pair.sum((1, 2)) / sample.positive.sum((1, 2)).clamp(min=1)
     return (mean * sample.both).sum() / images.to(mean.dtype).clamp(min=1)
 
 
 def _sample(pixel: Tensor, label: Tensor, taken: Tensor) -> Sample:
-    """Sample with its `both`: two labels present, and one of them twice."""
-    high = torch.where(taken, label, -1).amax(1)
-    low = torch.where(taken, label, torch.iinfo(label.dtype).max).amin(1)
-    two = (high > low) & taken.any(1)
-    return Sample(pixel, label, taken, two & _pairs(label, taken)[0].flatten(1).any(1))
-
-
-def _pairs(label: Tensor, taken: Tensor) -> tuple[Tensor, Tensor]:
-    """(positive, negative) ordered pairs (B, P, P) among the pixels taken, a pixel with itself left out."""
+    """Sample with its pairs."""
     left = torch.where(taken, label, -1)[:, :, None]  # two sentinels: pixels not taken equal nothing
     right = torch.where(taken, label, -2)[:, None, :]
     same = left == right
     negative = ((left >= 0) & (right >= 0)).logical_xor(same)
     same.diagonal(dim1=1, dim2=2).fill_(False)
-    return same, negative
+    return Sample(pixel, label, taken, same, negative, same.flatten(1).any(1) & negative.flatten(1).any(1))
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -123,7 +123,7 @@ class Network(nn.Module):
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 images (B, 3, H, W), 0..255 -> float32 with the backbone's mean and standard deviation."""
         scale = (255.0 * self.std).reciprocal()[:, None, None]
-        return images.float() * scale - (self.mean / self.std)[:, None, None]
+        return images.float().mul_(scale).sub_((self.mean / self.std)[:, None, None])
 
     def denormalise(self, images: Tensor) -> Tensor:
         """The inverse of `normalise`: normalised images (B, 3, H, W) -> float32 in 0..255, up to rounding."""

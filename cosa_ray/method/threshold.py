@@ -142,17 +142,19 @@ def fit_mixture(histogram: Tensor, components: int, settings: DynamicThreshold) 
     total = counts.sum(-1, keepdim=True)
     share = counts / total.clamp(min=1)
     x = (torch.arange(bins, device=counts.device, dtype=torch.float64) + 0.5) / bins
-    powers = torch.stack([torch.ones_like(x), x, x * x])  # moments and densities become matrix products
+    # Moments and densities become matrix products: fewer operations, which on a CPU is what an iteration costs.
+    moments = torch.stack([torch.ones_like(x), x, x * x], -1)
+    terms = torch.stack([torch.full_like(x, 0.5), x, -0.5 * x * x])
     start = _start(share, x, components, settings.start)
     mixture = torch.stack([start, torch.ones_like(start), torch.full_like(start, 1.0 / components)])
     steps = torch.zeros(histogram.shape[:-1], dtype=torch.int64, device=counts.device)
     active = total.squeeze(-1) > 0
     previous = torch.full_like(total.squeeze(-1), -math.inf)
     for _ in range(settings.max_iterations):
-        joint = _log_joint(mixture, powers)
+        joint = _log_joint(mixture, terms)
         shares = joint.log_softmax(-2)  # of every component in a bin
         likelihood = ((joint.select(-2, 0) - shares.select(-2, 0)) * share).sum(-1)
-        mass, first, second = ((shares.exp_() * share.unsqueeze(-2)) @ powers.T).unbind(-1)
+        mass, first, second = ((shares.exp_() * share.unsqueeze(-2)) @ moments).unbind(-1)
         mass = mass + torch.finfo(torch.float64).eps
         mean = first / mass
         variance = torch.addcmul(second / mass, mean, mean, value=-1).clamp_(min=0).add_(_REGULARISATION)
@@ -166,7 +168,7 @@ def fit_mixture(histogram: Tensor, components: int, settings: DynamicThreshold) 
     order = mixture[0].argsort(-1)
     mixture = mixture.gather(-1, order.expand_as(mixture))
     means, variances, weights = mixture.unbind()
-    owner = _log_joint(mixture, powers).argmax(-2)
+    owner = _log_joint(mixture, terms).argmax(-2)
     occupied = counts > 0
     if settings.between_means:
         occupied = occupied & (x >= means[..., :1]) & (x <= means[..., -1:])
@@ -181,13 +183,16 @@ def fit_mixture(histogram: Tensor, components: int, settings: DynamicThreshold) 
     return Fit(boundaries, valid, steps, means, variances, weights)
 
 
-def _log_joint(mixture: Tensor, powers: Tensor) -> Tensor:
-    """log(weight * normal density) + log(2 pi) / 2 of every component at every bin: (..., K, bins)."""
+def _log_joint(mixture: Tensor, terms: Tensor) -> Tensor:
+    """log(weight * normal density) + log(2 pi) / 2 of every component at every bin: (..., K, bins).
+
+    terms (3, bins): 1/2, x and -x^2/2 of the bins' centres.
+    """
     means, variances, weights = mixture.unbind()
     precision = variances.reciprocal()
     slope = means * precision
-    constant = torch.addcmul((weights * weights * precision).log(), means, slope, value=-1).mul_(0.5)
-    return torch.stack([constant, slope, precision.mul_(-0.5)], -1) @ powers
+    constant = torch.addcmul((weights * weights * precision).log_(), means, slope, value=-1)
+    return torch.stack([constant, slope, precision], -1) @ terms
 
 
 def _start(share: Tensor, x: Tensor, components: int, start: str) -> Tensor:

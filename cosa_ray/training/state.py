@@ -20,7 +20,7 @@ from cosa_ray.data.remote import fetch
 from cosa_ray.errors import UserError
 from cosa_ray.evaluation.description import ASSIGNMENT, CONFIG, ONLINE, Description
 from cosa_ray.evaluation.trained import read_weights
-from cosa_ray.method.ema import ema_update
+from cosa_ray.method.ema import MovingAverage
 from cosa_ray.method.network import build_network
 from cosa_ray.method.schedule import learning_rate
 from cosa_ray.method.threshold import DynamicThresholds
@@ -95,6 +95,8 @@ class TrainState:
         ).to(device)
         # An exact copy of ON, heads included (the release's own random heads were a slip; method.md 1).
         self.assignment = deepcopy(self.online).requires_grad_(False).eval()
+        self.average = MovingAverage(self.assignment, self.online)
+        self._parameters = list(self.online.parameters())
         self.optimiser = torch.optim.AdamW(
             self.online.parameter_groups(config.optimiser), betas=config.optimiser.betas, fused=True
         )
@@ -115,7 +117,7 @@ class TrainState:
 
     def gradient_norm(self) -> Tensor:
         """Global norm of the gradient, 0-dim on the device; not finite where any part of the gradient is not."""
-        gradients = [p.grad for p in self.online.parameters() if p.grad is not None]
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
         return torch.nn.utils.get_total_norm(gradients, foreach=True)
 
     def optimise(self, finite: Tensor, norm: Tensor) -> None:
@@ -124,13 +126,14 @@ class TrainState:
         `norm` is `gradient_norm`, to clip by.
         """
         config = self.config
-        if config.optimiser.clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.online.parameters(), config.optimiser.clip_norm, norm)
         factor = learning_rate(config.optimiser, config.training.steps, self.step)
         for group in self.optimiser.param_groups:
             group["lr"] = group["base_lr"] * factor
-        # The fused kernels skip a step whose found_inf is set, as under a GradScaler: no host round trip.
-        self.optimiser.grad_scale = None  # type: ignore[attr-defined]
+        # As under a GradScaler: the fused kernels divide gradients by grad_scale, which clips them on the way (by the
+        # coefficient of torch's clip_grad_norm_), and skip a step whose found_inf is set: no host round trip.
+        clip = config.optimiser.clip_norm
+        scale = None if clip is None else ((norm + 1e-6) / clip).clamp(min=1.0)
+        self.optimiser.grad_scale = scale  # type: ignore[attr-defined]
         self.optimiser.found_inf = 1.0 - finite  # type: ignore[attr-defined]
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
@@ -138,7 +141,7 @@ class TrainState:
         momentum = assignment.momentum
         if self.step < config.training.warmup_iters and assignment.warmup_momentum is not None:
             momentum = assignment.warmup_momentum
-        ema_update(self.assignment, self.online, momentum, finite)
+        self.average.update(momentum, finite)
         self.step += 1
 
     def snapshot(self) -> Snapshot:

@@ -15,7 +15,7 @@ from cosa_ray.config.load import apply_overrides, load_config
 from cosa_ray.config.schema import Config, Model
 from cosa_ray.errors import UserError
 from cosa_ray.method.backbone import examine
-from cosa_ray.method.ema import ema_update
+from cosa_ray.method.ema import MovingAverage
 from cosa_ray.method.network import Network, build_network, scaled_size
 from cosa_ray.method.step import MicroBatch, cotraining_step
 from cosa_ray.method.threshold import DynamicThresholds
@@ -167,7 +167,7 @@ def test_family_takes_a_step(name):
     unchanged = set(start) - set(trained)  # batch norm's statistics, and frozen position embeddings
     assert all(torch.equal(online.state_dict()[name], start[name]) for name in unchanged)
     assert all(torch.equal(value, before[name]) for name, value in assignment.state_dict().items())
-    ema_update(assignment, online, 0.5, torch.ones(()))
+    MovingAverage(assignment, online).update(0.5, torch.ones(()))
     name = "classifier.weight"
     torch.testing.assert_close(assignment.state_dict()[name], (before[name] + online.state_dict()[name]) / 2)
 

@@ -109,12 +109,14 @@ def test_magnitude_zero_changes_nothing_and_one_does(operation):
     ],
 )
 def test_strong_operations_are_those_of_pil(operation, reference):
-    image = picture(32, 32, 5)
-    views = Views(crop=32, scale=(1.0, 1.0), flip=0.0, blur=0.0, strong=(operation,))
-    _, strong, _ = two_views(image, views, generator(4))
-    strength = generator(4).random(8)[-1]
-    expected = np.asarray(reference(image, strength)).transpose(2, 0, 1)
-    assert np.array_equal(strong, expected)
+    full = picture(32, 32, 5)
+    for low, high in ((0, 255), (3, 101), (77, 254), (80, 81), (9, 9)):
+        image = full.point([low + value * (high - low) // 255 for value in range(256)] * 3)
+        views = Views(crop=32, scale=(1.0, 1.0), flip=0.0, blur=0.0, strong=(operation,))
+        _, strong, _ = two_views(image, views, generator(4))
+        strength = generator(4).random(8)[-1]
+        expected = np.asarray(reference(image, strength)).transpose(2, 0, 1)
+        assert np.array_equal(strong, expected)
 
 
 def test_blur_only_when_asked_and_softens():

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from cosa_ray.config.schema import Optimiser, Training
-from cosa_ray.method.ema import ema_update
+from cosa_ray.method.ema import MovingAverage
 from cosa_ray.method.schedule import learning_rate, phase
 
 
@@ -59,7 +59,7 @@ def test_release_ema(golden):
     for finite in (None, torch.ones(())):
         teacher.weight.data = torch.from_numpy(arrays["teacher"].copy())[None]
         student.weight.data = torch.from_numpy(arrays["student"])[None]
-        ema_update(teacher, student, float(arrays["momentum"]), finite)
+        MovingAverage(teacher, student).update(float(arrays["momentum"]), finite)
         np.testing.assert_allclose(teacher.weight.detach().numpy()[0], arrays["updated"], atol=1e-6)
 
 
@@ -69,10 +69,11 @@ def test_ema_copies_buffers_and_skips_a_step_that_is_not_finite():
     student.running_mean += 2
     student.num_batches_tracked += 5
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
-    ema_update(teacher, student, 0.9, torch.zeros(()))
+    average = MovingAverage(teacher, student)
+    average.update(0.9, torch.zeros(()))
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
     expected = 0.9 * before["weight"] + 0.1 * student.weight
-    ema_update(teacher, student, 0.9, torch.ones((), dtype=torch.int64))
+    average.update(0.9, torch.ones((), dtype=torch.int64))
     torch.testing.assert_close(teacher.weight.detach(), expected.detach())
     assert torch.equal(teacher.running_mean, student.running_mean)
     assert int(teacher.num_batches_tracked) == 5

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cosa_ray.config.schema import Config
-from cosa_ray.method.ema import ema_update
+from cosa_ray.method.ema import MovingAverage
 from cosa_ray.method.network import build_network
 from cosa_ray.method.step import (
     LOSS_NAMES,
@@ -247,7 +247,7 @@ def test_the_assignment_network_is_not_touched_and_follows_by_ema():
     with torch.no_grad():
         for parameter in worker.online.parameters():
             parameter += 1
-    ema_update(worker.assignment, worker.online, 0.75, torch.ones(()))
+    MovingAverage(worker.assignment, worker.online).update(0.75, torch.ones(()))
     for name, parameter in worker.assignment.named_parameters():
         torch.testing.assert_close(parameter, before[name] + 0.25)
 
@@ -346,7 +346,7 @@ def test_the_host_is_never_asked(variant):
     state.current, state.ring, state.seen = (t.to("meta") for t in (state.current, state.ring, state.seen))
     output = worker.step([batch(device="meta")])
     assert all(value.is_meta for value in (*output.losses.values(), *output.statistics.values()))
-    ema_update(worker.assignment, worker.online, 0.9, torch.ones((), device="meta"))
+    MovingAverage(worker.assignment, worker.online).update(0.9, torch.ones((), device="meta"))
 
 
 @pytest.mark.gpu

@@ -15,7 +15,7 @@ import torch
 
 from cosa_ray.config.load import load_config
 from cosa_ray.method.assignment import assign
-from cosa_ray.method.ema import ema_update
+from cosa_ray.method.ema import MovingAverage
 from cosa_ray.method.network import Network, build_network
 from cosa_ray.training.distributed import join_workers, torch_settings
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from step_time import Bench, Unwatched  # noqa: E402
-from straightforward import PlainAdamW, assign_one_by_one, ema_by_parameter  # noqa: E402
+from straightforward import AverageByParameter, PlainAdamW, assign_one_by_one  # noqa: E402
 
 TINY = [
     "views.crop=48",
@@ -58,8 +58,8 @@ def test_parameter_by_parameter_is_the_same_average(network: Network) -> None:
             parameter.add_(torch.randn_like(parameter))
     mine, plain = deepcopy(network), deepcopy(network)
     for finite in (torch.ones(()), torch.zeros(())):
-        ema_update(mine, online, 0.9, finite)
-        ema_by_parameter(plain, online, 0.9, finite)
+        MovingAverage(mine, online).update(0.9, finite)
+        AverageByParameter(plain, online).update(0.9, finite)
     for one, other in zip(mine.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(one, other)
 

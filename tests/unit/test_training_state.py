@@ -57,6 +57,25 @@ def test_a_step_that_is_not_finite_changes_nothing(tiny: Make, clip: float | Non
     assert {float(value) for name, value in everything(state).items() if name.endswith(" step")} == {2.0}
 
 
+@pytest.mark.parametrize("gradient", [1e-6, 0.5])
+def test_clipping_is_torchs(tiny: Make, gradient: float) -> None:
+    """Below the limit and above it, against torch's own clipping before an optimiser that knows of none."""
+    clipped, plain = (TrainState(tiny(optimiser__clip_norm=clip), 3, torch.device("cpu")) for clip in (0.25, None))
+    torch.manual_seed(1)
+    for one, other in zip(clipped.online.parameters(), plain.online.parameters(), strict=True):
+        if one.requires_grad:
+            one.grad = gradient * torch.randn_like(one)
+            other.grad = one.grad.clone()
+    norm = torch.nn.utils.clip_grad_norm_(plain.online.parameters(), 0.25)
+    assert (norm > 0.25) == (gradient == 0.5)
+    for state in (clipped, plain):
+        state.optimise(torch.ones(()), state.gradient_norm())
+    a, b = everything(clipped), everything(plain)
+    for name in a:
+        torch.testing.assert_close(a[name], b[name])
+    assert any(name.endswith("exp_avg") for name in a)
+
+
 def test_a_skipped_step_leaves_the_next_one_as_if_it_had_not_been(tiny: Make) -> None:
     """Against a twin that never met the bad step; only the learning rate, which follows the count, is pinned."""
     config = tiny(optimiser__warmup_steps=0, optimiser__power=0.0)
