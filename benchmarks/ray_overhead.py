@@ -7,7 +7,9 @@ ray: a run's own loop under TorchTrainer and with plain torch.distributed, one a
 machine while the plain one runs; the time of a step is the median from one step's start to the next, the first
 `--skip` left out, as rank 0 sees it. keeping: one process takes blocks of steps with the tracker (SQLite) and a
 checkpoint a block, and blocks without; the mean time of a step counts, so what a checkpoint costs is spread over
-its block. The way from the command to the first step is trial_overhead.py's. On made-up shapes, the demo's network.
+its block. Where blocks differ by more than that, the CPU time says more: of the threads that track and write, and of
+the training thread inside their calls, against that of the steps. The way from the command to the first step is
+trial_overhead.py's. On made-up shapes, the demo's network.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from cosa_ray.config.load import apply_overrides, load_config
 from cosa_ray.config.schema import Config
 
 WAYS = ("plain", "ray")
+KEEPERS = ("tracker", "checkpoint")  # names of the threads that track and write
 
 
 def config_in(folder: Path, experiment: str, steps: int, workers: int, settings: list[str]) -> Config:
@@ -132,6 +135,16 @@ def started(way: str, given: argparse.Namespace, folder: Path) -> list[float]:
     return [after - before for before, after in itertools.pairwise(times)]
 
 
+def cpu_seconds(names: tuple[str, ...]) -> float:
+    """CPU seconds so far of this process's living threads whose names start so."""
+    clocks = [
+        time.pthread_getcpuclockid(thread.ident)
+        for thread in threading.enumerate()
+        if thread.ident is not None and thread.name.startswith(names)
+    ]
+    return sum(time.clock_gettime(clock) for clock in clocks)
+
+
 def ray(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Median time of a step with and without Ray, round by round."""
     config_in(folder, given.experiment, given.steps, given.workers, given.set)
@@ -169,6 +182,7 @@ def keeping(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     store = CheckpointStore(RunFolder(str(folder / "run")), "val/miou")
     writer = CheckpointWriter(store, config, dataset.card, guard=lambda: None, flush=tracker.flush, alive=lambda: None)
     seconds: dict[str, list[float]] = {"with": [], "without": []}
+    beside = calling = steps_cpu = 0.0
     with torch_settings(config, given.cpus, workers.device):
         state = TrainState(config, dataset.num_classes, workers.device)
         stepper = Stepper(state, workers)
@@ -183,9 +197,10 @@ def keeping(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
         )
         for block in range(blocks):
             kept = (block % 2 == 0) == (block // 2 % 2 == 0)  # with, without, without, with
-            began = time.perf_counter()
+            began, cpu, others = time.perf_counter(), time.process_time(), cpu_seconds(KEEPERS)
             for number in range(given.steps):
                 taken = stepper.take(next(batches))
+                inside = time.thread_time()
                 if kept and state.step % config.tracking.log_every == 0:
                     tracker.log(
                         {f"train/{name}": loss.item() for name, loss in taken.output.losses.items()}, state.step
@@ -193,16 +208,26 @@ def keeping(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 if kept and number == given.steps // 2:
                     writer.begin(state.snapshot())
                     writer.complete(Description("r", state.step, [], {}, "assignment", 0.0, {}), {})
+                if kept and block > 1:
+                    calling += time.thread_time() - inside
             took = (time.perf_counter() - began) / given.steps
+            if kept:  # what is left to write belongs to this block, and does not wait in the next one's
+                writer.wait()
+                tracker.flush()
             if block > 1:
                 seconds["with" if kept else "without"].append(took)
-        writer.wait()
+                if kept:
+                    beside += cpu_seconds(KEEPERS) - others
+                    steps_cpu += time.process_time() - cpu
     writer.close()
     tracker.finish("FINISHED")
     return {
         "mean ms of a step": {name: 1000 * statistics.mean(values) for name, values in seconds.items()},
         "ms of a step by block": {name: [1000 * value for value in values] for name, values in seconds.items()},
         "with / without": ratio(seconds["with"], seconds["without"]),
+        "CPU seconds of the blocks with": steps_cpu,
+        "of that, threads that track and write": beside / steps_cpu,
+        "of that, the training thread in their calls": calling / steps_cpu,
         "steps between checkpoints": given.steps,
         "steps between logged ones": config.tracking.log_every,
         "threads": given.cpus,

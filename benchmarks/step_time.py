@@ -40,7 +40,7 @@ from cosa_ray.method import backbone
 from cosa_ray.method import step as method_step
 from cosa_ray.method.assignment import resize
 from cosa_ray.method.network import Network, Outputs, mixed_precision, scaled_size
-from cosa_ray.training import stepping
+from cosa_ray.training import distributed, stepping
 from cosa_ray.training.distributed import join_workers, torch_settings
 from cosa_ray.training.state import TrainState
 
@@ -215,6 +215,11 @@ def most_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def page_faults() -> int:
+    """Pages that the kernel has had to give this process so far: freed memory that goes back to it costs them anew."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
 def total(outputs: Outputs) -> Tensor:
     """Something small whose backward pass goes through every head."""
     maps = (outputs.cls, outputs.cls_aux, outputs.cam, outputs.cam_aux, outputs.seg)
@@ -241,11 +246,14 @@ def measure(
         if straightforward:
             contenders |= {"straightforward": bench.straightforward, "bare fp32": lambda: bench.bare(None)}
         parts: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
+        faults: dict[str, list[int]] = {name: [] for name in contenders}
 
         def noted(name: str) -> Callable[[], None]:
             def call() -> None:
                 clock.spent.clear()
+                before = page_faults()
                 contenders[name]()
+                faults[name].append(page_faults() - before)
                 parts[name].append(dict(clock.spent))
 
             return call
@@ -269,6 +277,7 @@ def measure(
         "precision": "fp32" if bench.stepper.autocast is None else "bf16",
         "images a second": config.training.batch_size / whole["step"],
         "most GiB held": held,
+        "page faults a step": statistics.median(faults["step"][1:]),
         "TFLOP of the network": operations / 1e12,
         "TFLOP/s of one matrix product": product / 1e12,
         "step's TFLOP/s / matrix product's": operations / whole["step"] / product,
@@ -304,6 +313,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="images a step")
     parser.add_argument("--classes", type=int, default=20, help="classes of the noise")
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument(
+        "--memory-back", action="store_true", help="let freed memory go back to the kernel, as glibc does"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--straightforward", action="store_true", help="compare with a step without care for its time")
     parser.add_argument("--peak", type=float, metavar="TFLOPS", help="the chip's dense rate in the step's precision")
@@ -314,6 +326,8 @@ def main() -> None:
     if given.batch:
         changes["training.batch_size"] = given.batch
     config = apply_overrides(load_config(given.experiment, given.set), changes)
+    if given.memory_back:
+        distributed.keep_freed_memory = lambda: False
     result = measure(
         config, given.rounds, given.dataset, given.classes, given.threads, given.straightforward, given.peak
     )

@@ -11,7 +11,9 @@ from pydantic import Field, ValidationError, model_validator
 
 from cosa_ray.config.load import (
     apply_overrides,
+    dump_section,
     explain,
+    find_base,
     find_experiment,
     flatten,
     load_config,
@@ -121,7 +123,7 @@ def load_ablation(
     `other_base`: an experiment, by path or shipped name, in place of the file's own. Raises UserError naming the key,
     the file and the nearest valid key.
     """
-    path = _find(file)
+    path = find_ablation(file)
     content = read_yaml(path)
     if "base" not in content or "rows" not in content:
         raise UserError(
@@ -136,7 +138,7 @@ def load_ablation(
         raise UserError(explain(error, str(path), Ablation)) from None
     if other_base is not None:
         ablation = ablation.model_copy(update={"base": other_base})
-    found = find_experiment(ablation.base, None if other_base is not None else path.parent)
+    found = find_experiment(other_base) if other_base else find_base(ablation.base, path)
     base = apply_overrides(load_config(found), ablation.set, f"{path}: set")
     return ablation, apply_overrides(base, given, "--set") if given else base
 
@@ -228,7 +230,7 @@ def _different(values: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(found)
 
 
-def _find(file: str | Path) -> Path:
+def find_ablation(file: str | Path) -> Path:
     """Path of an ablation file given by path, or by the name of a shipped one."""
     path = Path(file)
     if path.is_file():
@@ -237,3 +239,8 @@ def _find(file: str | Path) -> Path:
         return find_experiment(Path(FOLDER) / path)
     except UserError:
         return find_experiment(path)
+
+
+def dump_ablation(ablation: Ablation) -> str:
+    """YAML of an ablation that load_ablation reads back to an equal one."""
+    return dump_section(ablation)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import string
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cosa_ray.ablation.numbers import Step, Value, step_of, value_of
@@ -22,12 +25,14 @@ if TYPE_CHECKING:
     import numpy as np
 
     from cosa_ray.reporting.evaluated import Evaluated
+    from cosa_ray.reporting.history import Chart
     from cosa_ray.training.session import Progress
     from cosa_ray.tuning.results import SweepResult
     from cosa_ray.tuning.watch import SweepProgress
 
 log = logging.getLogger(__name__)
 RESULT_FILE, TABLE_FILE = "ablation.json", "ablation.md"
+PLACE = "ablation"  # folder of these and of the figures, in the study's and in MLflow
 
 # Displays: opened for the time of a warm-up, of the sweep, or of one evaluation of this title.
 Training = Callable[[], contextlib.AbstractContextManager["Callable[[Progress], None] | None"]]
@@ -126,10 +131,55 @@ def run_ablation(
             return Study(name, result.folder, "stopped", result.metric, [])
         evaluated = _evaluate(result, protocol, read, track, displays, say)
     study = sum_up(ablation, plan, result, evaluated)
-    folder = RunFolder(result.folder)
-    folder.write_text(RESULT_FILE, json.dumps(study.as_json(), indent=1))
-    folder.write_text(TABLE_FILE, markdown(study))
+    with tempfile.TemporaryDirectory(prefix="cosa-ray-ablation-") as local:
+        _write(Path(local), study, result.folder.rpartition("/")[0])
+        RunFolder(result.folder).put(Path(local), PLACE)
+        _log(plan.base, study, Path(local))
     return study
+
+
+def _write(folder: Path, study: Study, storage: str) -> None:
+    """Tables and figures of a study into a local folder; a figure that cannot be drawn costs a warning."""
+    from cosa_ray.ablation.figures import courses_figure, steps_figure
+
+    (folder / RESULT_FILE).write_text(json.dumps(study.as_json(), indent=1), encoding="utf-8")
+    (folder / TABLE_FILE).write_text(markdown(study), encoding="utf-8")
+    try:
+        steps_figure(study).savefig(folder / "steps.png")
+        charts, rows = _courses(study, storage)
+        if charts:
+            courses_figure(study, charts, rows).savefig(folder / "courses.png")
+    except Exception as error:
+        log.warning("study %s lacks a figure: %s", study.name, error)
+
+
+def _courses(study: Study, storage: str) -> tuple[list[Chart], dict[str, str]]:
+    """Headline, thresholds and what is shown beside them over the steps, and the rows' names by their letter there."""
+    from cosa_ray.ablation.figures import metrics_shown
+    from cosa_ray.reporting.history import Histories
+    from cosa_ray.reporting.subjects import Side
+    from cosa_ray.training.runs import find_run
+
+    sides = []
+    for letter, row in zip(string.ascii_letters, study.rows, strict=False):
+        runs = tuple(find_run(row.runs[seed], storage) for seed in row.metrics[study.headline].by_seed)
+        sides.append(Side(letter, row.name, "seeds", runs))
+    wanted = [*metrics_shown(study), *(f"threshold/{name}" for name in ("background", "low", "high"))]
+    charts = {chart.metric: chart for chart in Histories().charts(sides, wanted)}
+    return [charts[name] for name in wanted if name in charts], {side.letter: side.name for side in sides}
+
+
+def _log(base: Config, study: Study, folder: Path) -> None:
+    """Put the study's files into its MLflow run; never fails."""
+    if study.parent_run_id is None:
+        return
+    from cosa_ray.tracking.evaluations import log_evaluation
+    from cosa_ray.tracking.store import Store, tracking_uri
+
+    store = Store(tracking_uri(base), base.tracking.experiment)
+    log_evaluation(
+        store, study.name, study.folder, run_id=study.parent_run_id, metrics={}, step=0, artifacts=folder, place=PLACE
+    )
 
 
 def _warm_up(warm_up: WarmUp, track: bool, displays: Displays) -> bool:

@@ -74,4 +74,4 @@ def print_study(study: Study, as_json: bool) -> None:
         table(f"{study.name}: {study.headline}, last checkpoint, {len(study.seeds)} seeds", COLUMNS, table_rows(study))
     for failure in study.failed:
         say(f"no result: {failure}")
-    say(f"all metrics: {study.folder}/ablation.md, ablation.json")
+    say(f"all metrics and figures: {study.folder}/ablation/")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cosa_ray.cli.ablate import ablate
 from cosa_ray.cli.evaluate import evaluate
 from cosa_ray.cli.output import json_only, say
 from cosa_ray.cli.predict import predict, pseudo_labels
@@ -150,5 +151,5 @@ def _as_job(verb: Callable[..., None]) -> Callable[..., None]:
     return submit
 
 
-for _verb in (train, tune, promote, evaluate, predict, pseudo_labels):
+for _verb in (train, tune, ablate, promote, evaluate, predict, pseudo_labels):
     app.command(_verb.__name__.replace("_", "-"))(_as_job(_verb))

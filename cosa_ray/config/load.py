@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from cosa_ray.config.schema import Config
+from cosa_ray.config.section import Section
 from cosa_ray.errors import UserError
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -35,6 +36,12 @@ def find_experiment(name: str | Path, relative_to: Path | None = None) -> Path:
     if wanted.parts[:1] == ("experiments",) and len(wanted.parts) > 1:
         return find_experiment(Path(*wanted.parts[1:]), relative_to)
     raise UserError(f"no experiment file {name}{_nearest(str(wanted.with_suffix('.yaml')), shipped_experiments())}.")
+
+
+def find_base(base: str, file: Path) -> Path:
+    """Path of the experiment that a sweep or ablation file names as its base (sweeps/shapes.yaml is on shapes.yaml)."""
+    found = find_experiment(base, file.parent)
+    return found if found != file else find_experiment(base, file.parent.parent)
 
 
 def shipped_experiments() -> list[str]:
@@ -183,6 +190,16 @@ def _nearest(wrong: str, valid: Sequence[str]) -> str:
 def dump_config(config: Config) -> str:
     """YAML of every setting, which load_config reads back to an equal Config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=120)
+
+
+def dump_section(section: Section) -> str:
+    """YAML of the settings that are not at their defaults, from which an equal section is read."""
+    return yaml.safe_dump(
+        section.model_dump(mode="json", exclude_none=True, exclude_defaults=True),
+        sort_keys=False,
+        default_flow_style=None,
+        width=120,
+    )
 
 
 def flatten(config: Config) -> dict[str, Any]:

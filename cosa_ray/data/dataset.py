@@ -11,7 +11,17 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from cosa_ray.data.card import CARD, SUBSETS, DatasetCard, ShardCard, SplitCard, SubsetCard, read_card, write_card
+from cosa_ray.data.card import (
+    CARD,
+    SUBSETS,
+    DatasetCard,
+    Origin,
+    ShardCard,
+    SplitCard,
+    SubsetCard,
+    read_card,
+    write_card,
+)
 from cosa_ray.data.pictures import decode_indices, decode_rgb
 from cosa_ray.data.remote import NotThere, Place, cached, fetch, place, reaching, say_copy
 from cosa_ray.data.shard import map_shard
@@ -57,13 +67,20 @@ class Split:
     """
 
     def __init__(
-        self, folder: Path, name: str, card: SplitCard, classes: tuple[str, ...], subset: SubsetCard | None = None
+        self,
+        folder: Path,
+        name: str,
+        card: SplitCard,
+        classes: tuple[str, ...],
+        subset: SubsetCard | None = None,
+        origin: Origin | None = None,
     ) -> None:
         self.folder = folder
         self.name = name
         self.card = card
         self.classes = classes
         self.subset = subset
+        self._origin = origin
         self._counts: SplitCard | SubsetCard = subset or card
         self._ends = np.cumsum([shard.images for shard in card.shards], dtype=np.int64)
         self._tables: dict[int, pa.Table] = {}
@@ -102,6 +119,17 @@ class Split:
             height=height.as_py(),
             width=width.as_py(),
         )
+
+    def context(self, sample: Sample) -> np.ndarray | None:
+        """Where a sample's classes have what mostly comes with them (rails, of trains), bool (H, W), objects included.
+
+        None where the dataset does not know, as all but made-up shapes that coexist.
+        """
+        if self._origin is None or self._origin.kind != "shapes":
+            return None
+        from cosa_ray.data.shapes import context_of
+
+        return context_of(self._origin.options, sample.id)
 
     def labels(self) -> np.ndarray:
         """Image-level labels of the whole split, float32 (N, C), without touching an image."""
@@ -186,12 +214,12 @@ class Dataset:
         """The split or subset `name`. Raises UserError naming those there are, or for a damaged list of a subset."""
         if (subset := self.card.subsets.get(name)) is not None:
             subset_ids(self.folder, subset)  # what is wrong with it should be said now, not by a loader process
-            return Split(self.folder, name, self.card.splits[subset.of], self.classes, subset)
+            return Split(self.folder, name, self.card.splits[subset.of], self.classes, subset, self.card.origin)
         if name not in self.card.splits:
             there = ", ".join(self.card.splits) or "none"
             there += f", its subsets {', '.join(self.card.subsets)}" if self.card.subsets else ""
             raise UserError(f"{self.uri} has no split {name!r}: its splits are {there}")
-        return Split(self.folder, name, self.card.splits[name], self.classes)
+        return Split(self.folder, name, self.card.splits[name], self.classes, origin=self.card.origin)
 
 
 def locate_dataset(uri: str) -> tuple[Path, DatasetCard]:

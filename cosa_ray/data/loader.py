@@ -54,13 +54,17 @@ class Resize(NamedTuple):
 
 
 class EvaluationBatch(NamedTuple):
-    """Images resized to uint8 (B, 3, h, w), with labels (B, C) and masks and shapes (H, W) of the original size."""
+    """Images resized to uint8 (B, 3, h, w), with labels (B, C) and masks and shapes (H, W) of the original size.
+
+    contexts: bool (H, W), see `Split.context`; None of images without a mask, and where the dataset does not know.
+    """
 
     index: list[int]  # type: ignore[assignment]  # tuple.index goes unused
     ids: list[str]
     images: torch.Tensor
     labels: torch.Tensor
     masks: list[np.ndarray | None]
+    contexts: list[np.ndarray | None]
     shapes: list[tuple[int, int]]
 
 
@@ -131,6 +135,7 @@ class _EvaluationPart:
             images=torch.from_numpy(images),
             labels=torch.from_numpy(np.stack([sample.labels for sample in samples])),
             masks=[None if sample.mask is None else sample.decode_mask() for sample in samples],
+            contexts=[None if sample.mask is None else self._split.context(sample) for sample in samples],
             shapes=[(sample.height, sample.width) for sample in samples],
         )
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import colorsys
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -75,9 +77,7 @@ class _Draw:
 
     def __call__(self, sample: tuple[str, str, int]) -> Row:
         name, split, index = sample
-        key = (self.seed, ("train", "val").index(split))
-        rng = np.random.Generator(np.random.Philox(key=key, counter=[0, index, 0, 0]))
-        pixels, mask = draw_picture(rng, self.size, self.variant)
+        pixels, mask = draw_picture(_generator(self.seed, split, index), self.size, self.variant)
         out = io.BytesIO()
         Image.fromarray(pixels).save(out, "JPEG", quality=92)
         return Row(name, out.getvalue(), encode_indices(mask), classes_in(mask), self.size, self.size)
@@ -85,21 +85,45 @@ class _Draw:
 
 def draw_picture(rng: np.random.Generator, size: int, variant: str) -> tuple[np.ndarray, np.ndarray]:
     """One picture, uint8 (size, size, 3), and its mask of class indices, uint8 (size, size)."""
-    canvas = _background(rng, size)
-    objects = _objects(rng, size)
-    if variant == "coexist":
-        for kind, _, centre, radius in objects:
-            if kind in _CONTEXT and rng.random() < _TOGETHER:
-                _patch(canvas, rng, _CONTEXT[kind], centre, radius)
-        if rng.random() < _ALONE:
-            context = tuple(_CONTEXT.values())[rng.integers(len(_CONTEXT))]
-            _patch(canvas, rng, context, rng.uniform(0.2, 0.8, 2) * size, rng.uniform(0.12, 0.2) * size)
+    canvas, objects, _ = _scene(rng, size, variant)
     mask = np.zeros((size, size), np.uint8)
     for kind, alpha, _, _ in objects:
         canvas += alpha[..., None] * (_surface(rng, kind, size) - canvas)
         mask[alpha >= 0.5] = kind + 1
     canvas += rng.normal(0.0, rng.uniform(0.01, 0.05), canvas.shape)
     return (canvas.clip(0, 1) * 255).round().astype(np.uint8), mask
+
+
+def context_of(options: Mapping[str, Any], name: str) -> np.ndarray | None:
+    """Where the patches of a picture lie, bool (size, size), objects on them included; None where there are none.
+
+    Drawn again from the options of the dataset's import and the picture's id, since no mask tells them from the rest
+    of the background.
+    """
+    if options.get("variant") != "coexist":
+        return None
+    split, _, index = name.partition("-")
+    return _scene(_generator(options["seed"], split, int(index)), options["size"], "coexist")[2]
+
+
+def _generator(seed: int, split: str, index: int) -> np.random.Generator:
+    key = (seed, ("train", "val").index(split))
+    return np.random.Generator(np.random.Philox(key=key, counter=[0, index, 0, 0]))
+
+
+def _scene(rng: np.random.Generator, size: int, variant: str) -> tuple[np.ndarray, list[_Object], np.ndarray]:
+    """What objects are painted on, the objects, and where patches lie, bool (size, size)."""
+    canvas = _background(rng, size)
+    objects = _objects(rng, size)
+    patches = np.zeros((size, size), bool)
+    if variant == "coexist":
+        for kind, _, centre, radius in objects:
+            if kind in _CONTEXT and rng.random() < _TOGETHER:
+                patches |= _patch(canvas, rng, _CONTEXT[kind], centre, radius)
+        if rng.random() < _ALONE:
+            context = tuple(_CONTEXT.values())[rng.integers(len(_CONTEXT))]
+            patches |= _patch(canvas, rng, context, rng.uniform(0.2, 0.8, 2) * size, rng.uniform(0.12, 0.2) * size)
+    return canvas, objects, patches
 
 
 _Object = tuple[int, np.ndarray, np.ndarray, float]  # class, coverage (size, size) in 0..1, centre (y, x), radius
@@ -208,8 +232,8 @@ def _surface(rng: np.random.Generator, kind: int, size: int) -> np.ndarray:
     return dark + texture[..., None] * (light - dark)
 
 
-def _patch(canvas: np.ndarray, rng: np.random.Generator, context: str, centre: np.ndarray, radius: float) -> None:
-    """Paint a context under an object: an ellipse with soft edge, about twice as wide as the object."""
+def _patch(canvas: np.ndarray, rng: np.random.Generator, context: str, centre: np.ndarray, radius: float) -> np.ndarray:
+    """Paint a context under an object, an ellipse with soft edge, about twice as wide; returns where, bool."""
     size = len(canvas)
     y, x = np.mgrid[:size, :size]
     centre = centre + rng.uniform(-0.3, 0.3, 2) * radius
@@ -223,3 +247,4 @@ def _patch(canvas: np.ndarray, rng: np.random.Generator, context: str, centre: n
         light, dark, texture = (0.80, 0.80, 0.76), (0.32, 0.32, 0.30), _clouds(rng, size, size // 3) > 0.5
     paint = np.array(dark) + np.asarray(texture, float)[..., None] * (np.array(light) - np.array(dark))
     canvas += alpha * (paint - canvas)
+    return np.asarray(alpha[..., 0] >= 0.5)

@@ -196,6 +196,10 @@ class Scorer:
             confidence = self._cams(tally, indices, truth, own_cam, own(cam_aux), half)
             pseudo = policy_labels(own_cam, labels[rows], self.thresholds, self.config.pseudo_labels, images[rows])
             tally.add_pseudo_labels(indices, truth, confidence, pseudo)
+            contexts = [each for position in where if (each := batch.contexts[position]) is not None]
+            if len(contexts) == len(where):
+                context = torch.from_numpy(np.stack(contexts))
+                tally.add_context(context.to(self.device) & (truth == 0), plain, pseudo)
             tally.images += len(where)
             for row, position in enumerate(where):
                 seen = _Seen(None if plain is None else plain[row], confidence[row], pseudo[row])

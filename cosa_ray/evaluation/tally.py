@@ -26,9 +26,11 @@ class Tally:
     """Counts of one evaluation, or of a part of it.
 
     matrices: confusion matrix int64 (K, K), rows truth, by the name of the mIoU that it gives. main, aux: threshold
-    sweeps of the CAMs. outcomes: pixels (bins, 3) by CAM confidence and WRONG, RIGHT, IGNORED pseudo-label.
-    class_scores: class logits and labels (2, C) by an image's place in the order. per_image: pixels right, true and
-    predicted (3, K) by an image's index and the name of the mIoU, or None where they are not kept.
+    sweeps of the CAMs. context: background pixels where what mostly comes with a class lies, and how many of them were
+    called foreground, int64 (2, 2): by the plain segmentation, by the pseudo-labels. outcomes: pixels (bins, 3) by CAM
+    confidence and WRONG, RIGHT, IGNORED pseudo-label. class_scores: class logits and labels (2, C) by an image's place
+    in the order. per_image: pixels right, true and predicted (3, K) by an image's index and the name of the mIoU, or
+    None where they are not kept.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class Tally:
         self.matrices = {name: torch.zeros(size, size, dtype=torch.int64, device=device) for name in names}
         self.main, self.aux = ThresholdSweep(size, device), ThresholdSweep(size, device)
         self.outcomes = torch.zeros(self.main.counts.shape[-1], 3, dtype=torch.int64, device=device)
+        self.context = torch.zeros(2, 2, dtype=torch.int64, device=device)
         self.images = torch.zeros(1, dtype=torch.int64, device=device)
         self.class_scores: dict[int, Tensor] = {}
         self.per_image: dict[int, dict[str, np.ndarray]] | None = {} if per_image else None
@@ -65,9 +68,16 @@ class Tally:
         index = torch.where(truth == IGNORE, self.outcomes.numel(), self.main.bins(confidence) * 3 + outcome).flatten()
         self.outcomes += torch.bincount(index, minlength=self.outcomes.numel() + 1)[:-1].view_as(self.outcomes)
 
+    def add_context(self, context: Tensor, segmentation: Tensor | None, pseudo: Tensor) -> None:
+        """Count what was made of context (B, H, W) bool: labels (B, H, W) of the segmentation, if any, and pseudo."""
+        for row, labels in zip(self.context, (segmentation, pseudo), strict=True):
+            if labels is not None:
+                foreground = context & (labels > 0) & (labels != IGNORE)
+                row += torch.stack([context.sum(), foreground.sum()])
+
     def counts(self) -> list[Tensor]:
         """Every tensor of counts, in a fixed order."""
-        return [*self.matrices.values(), self.main.counts, self.aux.counts, self.outcomes, self.images]
+        return [*self.matrices.values(), self.main.counts, self.aux.counts, self.outcomes, self.context, self.images]
 
     def share(self, sum_over_workers: Callable[[Tensor], Tensor], images: int) -> None:
         """Add up the ranks' counts; every rank takes part, also one without images. images: over all ranks."""
@@ -128,6 +138,11 @@ class Tally:
             }
         outcomes = self.outcomes.sum(0).tolist()
         found["pseudo_coverage"] = 1 - outcomes[IGNORED] / max(1, sum(outcomes))
+        for name, (pixels, foreground) in zip(
+            ("context_foreground", "pseudo_context_foreground"), self.context.tolist(), strict=True
+        ):
+            if pixels:
+                found[name] = foreground / pixels
         if self.class_scores:
             rows = torch.stack([self.class_scores[place] for place in sorted(self.class_scores)])
             found["map"] = mean_average_precision(rows[:, 0].numpy(), rows[:, 1].numpy())

@@ -10,13 +10,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args
 
 from cosa_ray.config.credentials import holds_secret, without_credentials
-from cosa_ray.config.load import SHIPPED, dump_config, find_experiment, flatten, load_config
+from cosa_ray.config.load import SHIPPED, dump_config, find_base, find_experiment, flatten, load_config
 from cosa_ray.config.protocol import find_protocol, load_protocol
 from cosa_ray.errors import UserError
 from cosa_ray.jobs.head import refuse_password
 from cosa_ray.jobs.parcel import for_cluster
 
-Verb = Literal["train", "tune", "promote", "evaluate", "predict", "pseudo-labels"]
+Verb = Literal["train", "tune", "ablate", "promote", "evaluate", "predict", "pseudo-labels"]
 VERBS: tuple[Verb, ...] = get_args(Verb)
 # Parameters that are words without a name, the subject of the verb first; all others are options.
 _POSITIONAL = ("file", "sweep", "run", "model", "images")
@@ -24,6 +24,7 @@ _POSITIONAL = ("file", "sweep", "run", "model", "images")
 _PLACES: dict[Verb, dict[str, str | None]] = {
     "train": {},
     "tune": {},
+    "ablate": {},
     "promote": {"storage": "runs"},
     "evaluate": {"storage": "runs", "dataset": None},
     "predict": {"storage": "runs", "dataset": None, "out": "predictions", "images": None},
@@ -61,7 +62,7 @@ def command_for(verb: Verb, given: Mapping[str, Any], folder: str, *, tracked: b
     if given.get("resume") and given.get("name") is None and verb != "promote":
         raise UserError("--resume needs the --name of the run or sweep to continue.")
     values = dict(given)
-    if verb in ("train", "tune"):
+    if verb in ("train", "tune", "ablate"):
         return _with_file(verb, values, folder, tracked)
     for key, default in _PLACES[verb].items():
         if (value := values.get(key, default)) is not None:
@@ -107,19 +108,26 @@ def words(values: Mapping[str, Any]) -> list[str]:
 
 
 def _with_file(verb: Verb, values: dict[str, Any], folder: str, tracked: bool) -> Command:
-    """train and tune: overrides, `extends` and `base` are worked into the files that are sent."""
+    """train, tune and ablate: overrides, `extends` and `base` are worked into the files that are sent."""
     overrides = values.pop("set_", None) or []
     given = values.pop("file")
     if verb == "train":
         path = find_experiment(given)
         file, files = _experiment_files(path, overrides, folder, tracked)
-    else:
+    elif verb == "tune":
         from cosa_ray.tuning.sweepfile import find_sweep
 
         path = find_sweep(given)
         file, files = _sweep_files(path, overrides, folder, tracked)
+    else:
+        from cosa_ray.ablation.plan import find_ablation
+
+        path = find_ablation(given)
+        file, files = _ablation_files(path, overrides, values.pop("base", None), folder, tracked)
+        if (protocol := values.get("protocol")) is not None:
+            values["protocol"] = _sent_protocol(protocol, files)
     # Chosen here, so that whoever sends the job knows where to look.
-    stem = path.stem if verb == "train" else f"{path.stem}-sweep"
+    stem = path.stem + {"train": "", "tune": "-sweep"}.get(verb, "-ablation")
     values["name"] = values.get("name") or f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     return Command(verb, [verb, *words({**values, "file": file})], path.name, files, values["name"])
 
@@ -136,12 +144,12 @@ def _sweep_files(path: Path, overrides: list[str], folder: str, tracked: bool) -
     What the sweep and `overrides` change of the base stays apart from it: a promotion asks what the base itself says.
     """
     from cosa_ray.tuning.check import check_sweep
-    from cosa_ray.tuning.sweepfile import dump_sweep, find_base, load_sweep
+    from cosa_ray.tuning.sweepfile import dump_sweep, load_sweep
 
     sweep, config = load_sweep(path, overrides)
     check_sweep(sweep, config, str(path))
     refuse_password(config.tracking.uri, "tracking.uri")
-    base_path = find_base(sweep, path)
+    base_path = find_base(sweep.base, path)
     changed, base = (
         for_cluster(each, folder, tracking_from_environment=tracked) for each in (config, load_config(base_path))
     )
@@ -150,6 +158,22 @@ def _sweep_files(path: Path, overrides: list[str], folder: str, tracked: bool) -
     sent = sweep.model_copy(update={"base": base_path.name, "set": changes})
     file = f"sweeps/{path.name}"
     return file, {file: dump_sweep(sent), base_path.name: dump_config(base)}
+
+
+def _ablation_files(
+    path: Path, overrides: list[str], other_base: str | None, folder: str, tracked: bool
+) -> tuple[str, dict[str, str]]:
+    """An ablation's file in a folder of its own, as a sweep's; what is set for all rows is worked into the base."""
+    from cosa_ray.ablation.plan import dump_ablation, load_ablation, plan_ablation
+
+    ablation, base = load_ablation(path, overrides, other_base)
+    plan_ablation(ablation, base, path.stem, 1)  # says what is wrong with a row
+    refuse_password(base.tracking.uri, "tracking.uri")
+    base_path = find_experiment(other_base) if other_base else find_base(ablation.base, path)
+    sent = ablation.model_copy(update={"base": base_path.name, "set": {}})
+    file = f"ablations/{path.name}"
+    dumped = dump_config(for_cluster(base, folder, tracking_from_environment=tracked))
+    return file, {file: dump_ablation(sent), base_path.name: dumped}
 
 
 def _there(path: str, root: PurePosixPath) -> str:

@@ -55,12 +55,16 @@ class Histories:
             self._known[run.folder.uri] = self._read(run)
         return self._known[run.folder.uri]
 
-    def charts(self, sides: Sequence[Side]) -> list[Chart]:
-        """Losses, scores and thresholds of the sides over their steps; of several runs, the mean where all have it."""
+    def charts(self, sides: Sequence[Side], names: Sequence[str] | None = None) -> list[Chart]:
+        """Metrics of the sides over their steps; of several runs, the mean where all have it.
+
+        names: of the metrics; losses, scores and thresholds without it.
+        """
         tracked = [[self.of(run) for run in side.runs] for side in sides]
-        names = sorted({name for side in tracked for run in side for name in run.points})
+        there = sorted({name for side in tracked for run in side for name in run.points})
+        usual = [n for n in there if _CURVES.fullmatch(n)] + [n for n in there if n.startswith("threshold/")]
         charts = []
-        for name in [n for n in names if _CURVES.fullmatch(n)] + [n for n in names if n.startswith("threshold/")]:
+        for name in usual if names is None else names:
             lines, averaged = {}, 1
             for side, runs in zip(sides, tracked, strict=True):
                 line = _mean([self._points(run, name) for run in runs])

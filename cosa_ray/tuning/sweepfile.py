@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cosa_ray.config.load import (
     apply_overrides,
+    dump_section,
     explain,
+    find_base,
     find_experiment,
     load_config,
     merge,
@@ -175,12 +176,6 @@ def find_sweep(name: str | Path) -> Path:
         return find_experiment(path)
 
 
-def find_base(sweep: Sweep, path: Path) -> Path:
-    """Path of the base experiment of a sweep whose file is `path` (sweeps/shapes.yaml is on top of shapes.yaml)."""
-    file = find_experiment(sweep.base, path.parent)
-    return file if file != path else find_experiment(sweep.base, path.parent.parent)
-
-
 def load_sweep(file: str | Path, overrides: Sequence[str] = ()) -> tuple[Sweep, Config]:
     """A sweep and its base experiment, both with `key=value` overrides: a sweep's own keys first, else the base's.
 
@@ -203,7 +198,7 @@ def load_sweep(file: str | Path, overrides: Sequence[str] = ()) -> tuple[Sweep, 
         sweep = Sweep.model_validate(merge(content, own))
     except ValidationError as error:
         raise UserError(explain(error, where, Sweep)) from None
-    base = apply_overrides(load_config(find_base(sweep, path)), sweep.set, f"{path}: set")
+    base = apply_overrides(load_config(find_base(sweep.base, path)), sweep.set, f"{path}: set")
     for key in rest:
         if key not in Config.model_fields:
             close = difflib.get_close_matches(key, [*Sweep.model_fields, *Config.model_fields], n=1)
@@ -220,9 +215,4 @@ RESUMABLE = ("trials", "concurrency", "budget", "failures", "restarts", "keep")
 
 def dump_sweep(sweep: Sweep) -> str:
     """YAML of a sweep that load_sweep reads back to an equal one."""
-    return yaml.safe_dump(
-        sweep.model_dump(mode="json", exclude_none=True, exclude_defaults=True),
-        sort_keys=False,
-        default_flow_style=None,
-        width=120,
-    )
+    return dump_section(sweep)

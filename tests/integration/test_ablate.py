@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 
 from cosa_ray.ablation.plan import Ablation
 from cosa_ray.ablation.study import run_ablation
@@ -51,7 +52,11 @@ def test_a_study(ray_cluster: str, tiny: Make) -> None:
             expected = row.metrics["val/miou"].by_seed[seed] - above.metrics["val/miou"].by_seed[seed]
             assert step.by_seed[seed] == pytest.approx(expected)
         assert step.over == "2 seeds and 11 images"
-    folder = Path(study.folder)
+    folder = Path(study.folder) / "ablation"
+    files = {"ablation.json", "ablation.md", "steps.png", "courses.png"}
+    assert {path.name for path in folder.iterdir()} == files
+    client = MlflowClient(base.tracking.uri)
+    assert {Path(each.path).name for each in client.list_artifacts(study.parent_run_id, "ablation")} == files
     assert json.loads((folder / "ablation.json").read_text())["rows"][2]["sets"] == ROWS[2]["set"]
     assert "## val/miou" in (folder / "ablation.md").read_text()
     with pytest.raises(UserError, match="--resume"):

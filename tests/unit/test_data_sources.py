@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 
 import numpy as np
 import pytest
+from PIL import Image
+from skimage.morphology import binary_dilation, disk
 from tiny_sets import coco_folder, index_png, photo, regions, voc_folder
 
 from cosa_ray.data.dataset import open_dataset
 from cosa_ray.data.importing import import_dataset
+from cosa_ray.data.shapes import context_of, draw_picture, shapes_source
 from cosa_ray.errors import UserError
 
 
@@ -278,8 +282,6 @@ def test_shapes_depend_on_seed_split_and_index_only(tmp_path):
 
 
 def test_shapes_masks_hold_the_objects_and_only_them():
-    from cosa_ray.data.shapes import draw_picture
-
     shown = np.zeros(6, int)
     context_differs = 0
     for index in range(60):
@@ -298,6 +300,29 @@ def test_shapes_masks_hold_the_objects_and_only_them():
             context_differs += (far > 40).mean() > 0.02
     assert shown[1:].min() >= 10
     assert context_differs >= 20
+
+
+def test_shapes_know_where_their_patches_are():
+    """Against the pictures themselves: beside the objects, the variants differ there and, but for noise, only there."""
+    options = {"variant": "coexist", "size": 96, "seed": 4}
+    alone = 0
+    for index in range(30):
+        plain, coexist = (
+            shapes_source(**{**options, "variant": variant, "train": 1, "val": 30}).reader(("x", "val", index))
+            for variant in ("plain", "coexist")
+        )
+        context = context_of(options, f"val-{index:06d}")
+        mask = np.asarray(Image.open(io.BytesIO(coexist.mask)))
+        first, second = (np.asarray(Image.open(io.BytesIO(row.image))).astype(int) for row in (plain, coexist))
+        free = ~binary_dilation(mask > 0, disk(2))
+        differ = np.abs(first - second).mean(2)
+        outside = free & ~binary_dilation(context, disk(5))
+        assert differ[outside].mean() < 25
+        if (context & free).sum() > 50:
+            assert differ[context & free].mean() > 2 * differ[outside].mean()
+            alone += 1
+    assert alone >= 10
+    assert context_of({**options, "variant": "plain"}, "val-000000") is None
 
 
 def test_shapes_refuse_what_they_cannot_draw(tmp_path):

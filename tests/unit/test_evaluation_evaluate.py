@@ -17,6 +17,8 @@ from sklearn.metrics import average_precision_score, jaccard_score
 from cosa_ray.config.schema import Config
 from cosa_ray.data.dataset import Split, open_dataset
 from cosa_ray.data.importing import write_dataset
+from cosa_ray.data.shapes import CLASSES as CLASSES_OF_SHAPES
+from cosa_ray.data.shapes import context_of, shapes_source
 from cosa_ray.data.source import Source, stored_row
 from cosa_ray.errors import UserError
 from cosa_ray.evaluation.evaluate import EvaluationResult, evaluate, evaluation_order
@@ -169,6 +171,38 @@ def by_hand(split: Split) -> dict[str, float]:
         "val/map": float(np.mean(ap)),
         "val/images": len(SIZES),
     }
+
+
+def test_what_is_made_of_context(tmp_path) -> None:
+    """Against the same pictures with masks in which everything but the context's background is ignored."""
+    options = {"variant": "coexist", "train": 1, "val": 12, "size": 48, "seed": 3}
+    shapes = shapes_source(**options)
+    write_dataset(shapes, str(tmp_path / "shapes"), local=True)
+    coexist = open_dataset(str(tmp_path / "shapes")).split("val")
+
+    def reader(sample):
+        found = coexist[sample[0]]
+        context, truth = context_of(options, found.id), found.decode_mask()
+        mask = np.where(context & (truth == 0), 0, 255).astype(np.uint8)
+        labels = np.flatnonzero(found.labels).tolist()
+        return stored_row(found.id, found.image, png(mask), labels, 5, shapes.palette)
+
+    places = {"val": [(number,) for number in range(len(coexist))]}
+    source = Source("folder", None, {}, CLASSES_OF_SHAPES, shapes.palette, "here", "here", places, reader)
+    write_dataset(source, str(tmp_path / "context"), local=True)
+    only = open_dataset(str(tmp_path / "context")).split("val")
+    settings = config(evaluation={"scales": [1.0], "batch_size": 5, "panel_images": 2})
+    torch.manual_seed(0)
+    pair = tuple(build_network(settings.model, 5, image_size=SIDE) for _ in range(2))
+    for network in pair:
+        torch.nn.init.normal_(network.decoder.conv8.weight, std=0.3)
+    there, masked = (run(each, settings, pair, classes=CLASSES_OF_SHAPES) for each in (coexist, only))
+    background = masked.confusion[0]
+    assert there.metrics["val/context_foreground"] == background[1:].sum() / background.sum()
+    wrong, right, ignored = masked.outcomes.sum(0)
+    assert (wrong, right) > (0, 0)
+    assert there.metrics["val/pseudo_context_foreground"] == wrong / (wrong + right + ignored)
+    assert not [name for name in masked.metrics if "context" in name]
 
 
 def test_metrics_equal_a_loop_over_single_images(split) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import typer
 
+from cosa_ray.ablation.plan import load_ablation, plan_ablation
 from cosa_ray.cli import start
 from cosa_ray.cli.main import app
 from cosa_ray.errors import UserError
@@ -46,11 +47,47 @@ def test_an_experiment() -> None:
 
 
 def test_a_run_without_a_name_is_given_one_here() -> None:
-    for verb, start_of_name in (("train", "shapes-"), ("tune", "shapes-sweep-")):
-        sent = command_for(verb, {"file": "shapes"}, "/there", tracked=True)
+    started = {
+        "train": ("shapes", "shapes-"),
+        "tune": ("shapes", "shapes-sweep-"),
+        "ablate": ("terms", "terms-ablation-"),
+    }
+    for verb, (file, start_of_name) in started.items():
+        sent = command_for(verb, {"file": file}, "/there", tracked=True)
         assert sent.name is not None
         assert sent.name.startswith(start_of_name)
         assert parsed(sent.words)["name"] == sent.name
+
+
+def test_an_ablation_means_there_what_it_means_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its plan, from the files that were sent, against the plan of the command as it was given."""
+    given = ["training.steps=900", "concurrency=1"]
+    sent = command_for(
+        "ablate",
+        {"file": "terms", "base": "shapes_coexist", "set_": given, "seeds": 2, "name": "a", "protocol": "release"},
+        "/there",
+        tracked=True,
+    )
+    words = parsed(sent.words)
+    assert (words["seeds"], words["base"], words["set_"], words["protocol"]) == (2, None, (), "release")
+    assert set(sent.files) == {"ablations/terms.yaml", "shapes_coexist.yaml"}
+    for name, content in sent.files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    monkeypatch.chdir(tmp_path)
+    theirs, ours = load_ablation(words["file"]), load_ablation("terms", given, "shapes_coexist")
+    there, here = (plan_ablation(*each, "a", 2) for each in (theirs, ours))
+    assert there.base.data.dataset == "/there/datasets/shapes-coexist"
+    assert there.points == here.points
+    assert there.sweep.points == here.sweep.points
+    assert there.sweep.concurrency == 1
+    assert [each.name for each in there.warm_ups] == [each.name for each in here.warm_ups]
+    assert there.warm_ups[0].config.training == here.warm_ups[0].config.training
+
+
+def test_an_ablation_that_is_wrong_is_not_sent() -> None:
+    with pytest.raises(UserError, match=r"losses\.nothing"):
+        command_for("ablate", {"file": "terms", "set_": ["losses.nothing=1"]}, "/there", tracked=True)
 
 
 def test_paths_start_at_the_clusters_folder() -> None:

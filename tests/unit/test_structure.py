@@ -23,9 +23,9 @@ FLOORS = [
     "tracking",
     "training",
     "tuning",
-    "jobs",
     "reporting",
     "ablation",
+    "jobs",
     "cli",
 ]
 # What must stay unimported until a verb runs.

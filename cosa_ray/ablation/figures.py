@@ -1,0 +1,67 @@
+"""A study's figures: every row's values and steps with their intervals, and the rows' courses over training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from cosa_ray.tuning.figures import BLUE, GREY, RED, panels_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from cosa_ray.ablation.study import Study
+    from cosa_ray.reporting.history import Chart
+
+# Drawn beside the headline where all rows have them.
+BESIDE = ("context_foreground", "pseudo_miou", "pseudo_context_foreground", "cam_miou_held_out")
+
+
+def metrics_shown(study: Study) -> list[str]:
+    """The headline and those beside it that every row has."""
+    prefix = study.headline.rpartition("/")[0]
+    wanted = [study.headline, *(f"{prefix}/{name}" for name in BESIDE)]
+    return [name for name in wanted if all(name in row.metrics for row in study.rows)]
+
+
+def steps_figure(study: Study) -> Figure:
+    """For each shown metric, left the value of every seed with the mean, right the step from the row it follows."""
+    shown = metrics_shown(study)
+    height = 0.32 * len(study.rows) + 0.7
+    title = f"{study.name}: last checkpoints, {len(study.seeds)} seeds"
+    figure, panels = panels_of(title, len(shown), 2, height, width=11.5, sharey=True)
+    places = range(len(study.rows))
+    for metric, left, right in zip(shown, panels[::2], panels[1::2], strict=True):
+        right.axvline(0, color=GREY, linewidth=0.8)
+        for place, row in enumerate(study.rows):
+            value = row.metrics[metric]
+            left.plot(list(value.by_seed.values()), [place] * len(value.by_seed), "o", color=BLUE, alpha=0.45, ms=5)
+            left.plot(value.mean, place, "|", color=BLUE, ms=14, mew=2)
+            if (step := row.steps.get(metric)) is None:
+                continue
+            sure = step.within_noise is False
+            right.plot(list(step.by_seed.values()), [place] * len(step.by_seed), "o", color=GREY, alpha=0.6, ms=4)
+            right.plot(step.mean, place, "D", color=RED if sure else BLUE, ms=5.5)
+            if step.interval is not None:
+                right.plot(step.interval, [place, place], "-", color=RED if sure else BLUE, linewidth=1.6)
+        left.set_yticks(list(places), [row.name for row in study.rows])
+        left.set_ylim(len(study.rows) - 0.4, -0.6)
+        left.set_xlabel(metric, fontsize=9)
+        right.set_xlabel("step from the row it follows, 95 % interval (red: beyond noise)", fontsize=9)
+    return figure
+
+
+def courses_figure(study: Study, charts: Sequence[Chart], rows: Mapping[str, str]) -> Figure:
+    """Metrics over the steps, the mean over a row's seeds; charts hold a line for every letter of `rows`."""
+    figure, panels = panels_of(f"{study.name}: mean over seeds", len(charts), 1, 3.2, width=9.5, sharex=True)
+    for chart, axes in zip(charts, panels, strict=True):
+        for number, (letter, name) in enumerate(rows.items()):
+            if letter in chart.lines:
+                steps, values = zip(*chart.lines[letter], strict=True)
+                style = ("-", "--", ":")[number // 10 % 3]
+                axes.plot(steps, values, style, color=f"C{number % 10}", linewidth=1.4, marker="o", ms=3, label=name)
+        axes.set_ylabel(chart.metric, fontsize=9)
+    panels[-1].set_xlabel("step")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8.5)
+    return figure
