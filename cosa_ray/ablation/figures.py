@@ -18,10 +18,9 @@ BESIDE = ("context_foreground", "pseudo_miou", "pseudo_context_foreground", "cam
 
 
 def metrics_shown(study: Study) -> list[str]:
-    """The headline and those beside it that every row has."""
+    """The headline and those beside it that every row with a result has."""
     prefix = study.headline.rpartition("/")[0]
-    wanted = [study.headline, *(f"{prefix}/{name}" for name in BESIDE)]
-    return [name for name in wanted if all(name in row.metrics for row in study.rows)]
+    return [name for name in (study.headline, *(f"{prefix}/{name}" for name in BESIDE)) if name in study.shared]
 
 
 def steps_figure(study: Study) -> Figure:
@@ -34,7 +33,8 @@ def steps_figure(study: Study) -> Figure:
     for metric, left, right in zip(shown, panels[::2], panels[1::2], strict=True):
         right.axvline(0, color=GREY, linewidth=0.8)
         for place, row in enumerate(study.rows):
-            value = row.metrics[metric]
+            if (value := row.metrics.get(metric)) is None:
+                continue
             left.plot(list(value.by_seed.values()), [place] * len(value.by_seed), "o", color=BLUE, alpha=0.45, ms=5)
             left.plot(value.mean, place, "|", color=BLUE, ms=14, mew=2)
             if (step := row.steps.get(metric)) is None:

@@ -82,6 +82,13 @@ class Study:
     parent_run_id: str | None = None
     tracking_uri: str | None = None
 
+    @property
+    def shared(self) -> list[str]:
+        """Metrics of every row that has any, the headline first."""
+        known = [row.metrics for row in self.rows if row.metrics]
+        names = [name for name in known[0] if all(name in metrics for metrics in known)] if known else []
+        return sorted(names, key=lambda name: (name != self.headline, name))
+
     def as_json(self) -> dict[str, Any]:
         """A JSON-ready mapping."""
         return asdict(self)
@@ -161,7 +168,7 @@ def _courses(study: Study, storage: str) -> tuple[list[Chart], dict[str, str]]:
     from cosa_ray.training.runs import find_run
 
     sides = []
-    for letter, row in zip(string.ascii_letters, study.rows, strict=False):
+    for letter, row in zip(string.ascii_letters, [row for row in study.rows if row.metrics], strict=False):
         runs = tuple(find_run(row.runs[seed], storage) for seed in row.metrics[study.headline].by_seed)
         sides.append(Side(letter, row.name, "seeds", runs))
     wanted = [*metrics_shown(study), *(f"threshold/{name}" for name in ("background", "low", "high"))]

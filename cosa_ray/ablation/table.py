@@ -16,9 +16,8 @@ def table_rows(study: Study, metric: str | None = None) -> list[list[str]]:
 
 
 def markdown(study: Study) -> str:
-    """The study as Markdown: a table per metric that all rows have, the headline first."""
-    names = [name for name in study.rows[0].metrics if all(name in row.metrics for row in study.rows)]
-    names = sorted((name for name in names if "/iou/" not in name), key=lambda name: (name != study.headline, name))
+    """The study as Markdown: a table per metric that all rows with a result have, the headline first."""
+    names = [name for name in study.shared if "/iou/" not in name]
     parts = [
         f"# {study.name}\n\nSeeds {', '.join(map(str, study.seeds))}; last checkpoints; steps are paired by seed; the "
         "interval is a bootstrap over seeds, and over images where their counts are kept.\n"

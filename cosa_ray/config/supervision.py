@@ -55,6 +55,14 @@ class PseudoLabels(Section):
     foreground_share: Fraction = Field(
         0.5, description="alpha: weight of the foreground pixels' mean; background gets 1-alpha."
     )
+    foreground_over: Literal["pixels", "regions"] = Field(
+        "pixels",
+        description="What weighs the same in the foreground's mean: every pixel, or every class of every image (ours).",
+    )
+    agreement: NonNegative = Field(
+        0.0,
+        description="Exponent of AN's own probability of a pixel's label in its weight; 0 leaves it out (ours).",
+    )
     auxiliary_share: Fraction = Field(
         0.5, description="Share of the auxiliary CAM's pseudo-labels in the CAM->segmentation loss."
     )

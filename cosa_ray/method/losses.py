@@ -7,6 +7,7 @@ their own: `contrastive` and `dense_energy`.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -26,14 +27,20 @@ def cam_to_seg_loss(
 
     Args:
         log_probabilities: log-softmax of ON's segmentation logits, (B, C+1, H, W).
-        pseudo: labels and weights of this micro-batch.
-        counts: (4,) of PseudoLabel, summed over micro-batches and workers.
+        pseudo: labels and weights of this micro-batch; with `regions`, each region weighs the same in the foreground.
+        counts: (5,) of PseudoLabel, summed over micro-batches and workers.
         foreground_share: alpha; the background's mean gets 1 - alpha.
         batch_weights: reliability weights are raw, to be scaled by |R| / sum_R over the global batch.
     """
     pixel = F.nll_loss(log_probabilities, pseudo.labels, ignore_index=IGNORED, reduction="none")
-    foreground, background, region, raw = counts.to(pixel.dtype).unbind()
-    weights = (pseudo.labels > 0) * (foreground_share / foreground.clamp(min=1))
+    foreground, background, region, raw, regions = counts.to(pixel.dtype).unbind()
+    is_foreground = (pseudo.labels > 0) & (pseudo.labels != IGNORED)
+    if pseudo.regions is None:
+        weights = is_foreground * (foreground_share / foreground.clamp(min=1))
+    else:
+        each = foreground_share / (pseudo.regions.clamp(min=1) * regions.clamp(min=1))
+        own = torch.where(is_foreground, pseudo.labels, 0).flatten(1)
+        weights = is_foreground * each.to(pixel.dtype).gather(1, own).view_as(pixel)
     weights = weights + (pseudo.labels == 0) * ((1 - foreground_share) / background.clamp(min=1))
     if pseudo.weights is not None:
         weights = weights * pseudo.weights

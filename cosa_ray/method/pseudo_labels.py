@@ -20,13 +20,18 @@ ABSENT = -1e5  # logit of a class that is not in the image (release)
 class PseudoLabel(NamedTuple):
     """labels (B, H, W) int64, 0..C or 255; weights (B, H, W) or None where every labelled pixel weighs 1.
 
-    counts (4,) float64: foreground pixels, background pixels, pixels in R, sum of the raw weights over R. They are
-    sums: add them over micro-batches and workers before the loss divides by them.
+    regions (B, C+1) float32 or None: pixels of every label in every image, where each region weighs the same.
+    counts (5,) float64: foreground pixels, background pixels, pixels in R, sum of the raw weights over R, foreground
+    regions. They are sums: add them over micro-batches and workers before the loss divides by them.
     """
 
     labels: Tensor
     weights: Tensor | None
     counts: Tensor
+    regions: Tensor | None = None
+
+
+COUNTS = 5  # of a PseudoLabel
 
 
 def inside_box(box: Tensor, crop: tuple[int, int], size: tuple[int, int]) -> Tensor:
@@ -61,6 +66,7 @@ def pseudo_label(
     suffix: str = "",
     stride: int = 1,
     affinity: Affinity | None = None,
+    shares: Tensor | None = None,
 ) -> PseudoLabel:
     """Pseudo-labels of a valid CAM under the policy of `settings` (method.md 4.2; paper 3.3, release for two).
 
@@ -71,8 +77,10 @@ def pseudo_label(
         thresholds: by name: background, or low and high; with `suffix` ("_aux") appended.
         stride: pixels of the crop per location of the CAM.
         affinity: of the images at `deciding_size`; refines shares (two_threshold) or the CAM before it is cut.
+        shares: AN's probabilities (B, C+1, H, W) where `agreement` weighs pixels by that of their label.
     """
-    weights, iterations = None, settings.refinement_iterations
+    trust: Tensor | None = None
+    iterations = settings.refinement_iterations
     if settings.policy == "two_threshold":
         high, low = thresholds["high" + suffix], thresholds["low" + suffix]
         labels = two_threshold_labels(
@@ -85,12 +93,36 @@ def pseudo_label(
         labels, confidence = threshold_labels(cam, inside, threshold)
         if settings.policy == "reliability":
             value = perplexity(confidence, threshold, settings.perplexity_scale, settings.perplexity_exponent)
-            weights = reliability(value, inside, settings.reliability_over)
+            trust = value.reciprocal()
+    if shares is not None:
+        agreed = agreement(shares, labels, settings.agreement)
+        trust = agreed if trust is None else trust * agreed
+    weights = None if trust is None else reliability(trust, inside, settings.reliability_over)
     background = (labels == 0).sum()
     ignored = (labels == IGNORED).sum()
     raw = inside.sum() if weights is None else weights.sum(dtype=torch.float64)
-    counts = torch.stack([labels.numel() - ignored - background, background, inside.sum(), raw]).double()
-    return PseudoLabel(labels, weights, counts)
+    foreground, regions = labels.numel() - ignored - background, None
+    found = [foreground, background, inside.sum(), raw]
+    if settings.foreground_over == "regions":
+        regions = pixels_of(labels, cam.shape[1] + 1)
+        found.append((regions[:, 1:] > 0).sum())
+    else:
+        found.append(torch.zeros_like(background))
+    return PseudoLabel(labels, weights, torch.stack(found).double(), regions)
+
+
+def agreement(shares: Tensor, labels: Tensor, exponent: float) -> Tensor:
+    """AN's probability (B, C+1, H, W) of every pixel's label (B, H, W), to a power; 1 where 255 (ours)."""
+    known = labels != IGNORED
+    share = shares.gather(1, torch.where(known, labels, 0)[:, None])[:, 0]
+    return torch.where(known, share.clamp(min=1e-4) ** exponent, 1.0)
+
+
+def pixels_of(labels: Tensor, classes: int) -> Tensor:
+    """Pixels (B, classes), float32, of every label in every image; ignored ones count nowhere."""
+    flat = labels.flatten(1)
+    counts = torch.zeros(len(flat), IGNORED + 1, dtype=torch.int64, device=labels.device)
+    return counts.scatter_add_(1, flat, torch.ones_like(flat))[:, :classes].float()
 
 
 def policy_labels(

@@ -25,14 +25,14 @@ def perplexity(confidence: Tensor, threshold: Tensor | float, scale: float, expo
     return value if exponent == 1 else value**exponent
 
 
-def reliability(perplexities: Tensor, inside: Tensor, over: str) -> Tensor:
-    """Weights from perplexities (B, H, W): |R| P^-1 / sum_R P^-1 for R = the pixels `inside` the box of an image.
+def reliability(trust: Tensor, inside: Tensor, over: str) -> Tensor:
+    """Weights from trust (B, H, W), P^-1 for the perplexity P: |R| P^-1 / sum_R P^-1, R the pixels `inside` an image.
 
     With `over` "image" they average to 1 in every image; with "batch" they are P^-1, and the caller scales them by
     |R| / sum_R P^-1 over the global batch. 0 outside. [reconstructed], as `perplexity`.
     """
-    inverse = perplexities.reciprocal() * inside
+    trust = trust * inside
     if over == "batch":
-        return inverse
+        return trust
     pixels = inside.sum((1, 2), keepdim=True)
-    return inverse * (pixels / inverse.sum((1, 2), keepdim=True).clamp(min=torch.finfo(inverse.dtype).tiny))
+    return trust * (pixels / trust.sum((1, 2), keepdim=True).clamp(min=torch.finfo(trust.dtype).tiny))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,15 @@ from cosa_ray.method.contrastive import Sample, contrastive_loss, draws, sample_
 from cosa_ray.method.dense_energy import dense_energy
 from cosa_ray.method.losses import cam_to_seg_loss, classification_loss, seg_to_cam_loss
 from cosa_ray.method.network import Network, Outputs, mixed_precision
-from cosa_ray.method.pseudo_labels import PseudoLabel, deciding_size, guided_cam_target, inside_box, pseudo_label
+from cosa_ray.method.pseudo_labels import (
+    COUNTS,
+    PseudoLabel,
+    deciding_size,
+    guided_cam_target,
+    inside_box,
+    pseudo_label,
+    segmentation_target,
+)
 from cosa_ray.method.refinement import pixel_affinity
 from cosa_ray.method.threshold import DynamicThresholds, Proposal, named
 
@@ -57,11 +65,12 @@ class StepOutput(NamedTuple):
 
 
 class _Held(NamedTuple):
-    """What a micro-batch keeps of AN: valid CAMs at crop/loss_stride and the targets of ON's CAMs."""
+    """What a micro-batch keeps of AN: valid CAMs at crop/loss_stride, the targets of ON's CAMs, and class shares."""
 
     cam: Tensor
     cam_aux: Tensor
     target: Tensor | None
+    shares: Tensor | None
     grid: tuple[int, int]
 
 
@@ -146,8 +155,8 @@ def cotraining_step(
         step: with `config.seed` and a sample's position, the key of every random draw.
         sum_over_workers: adds a tensor up over the workers (two calls a step).
     """
-    guided = config.losses.seg_to_cam > 0
-    held = [_assign(assignment, micro, config, autocast, segment=guided) for micro in micro_batches]
+    segment = config.losses.seg_to_cam > 0 or config.pseudo_labels.agreement > 0
+    held = [_assign(assignment, micro, config, autocast, segment=segment) for micro in micro_batches]
 
     proposal, values = None, thresholds.values
     if config.dynamic_threshold.enabled:
@@ -184,10 +193,12 @@ def _assign(
     maps = assign(
         assignment, micro.weak, settings.scales, settings.flip, stride=stride, segment=segment, autocast=autocast
     )
-    grid, target = assignment.grid(*micro.weak.shape[-2:]), None
-    if maps.seg is not None:
+    grid, target, shares = assignment.grid(*micro.weak.shape[-2:]), None, None
+    if maps.seg is not None and config.losses.seg_to_cam > 0:
         target = guided_cam_target(maps.seg, micro.labels, config.losses.seg_to_cam_temperature, grid)
-    return _Held(valid_cam(maps.cam, micro.labels), valid_cam(maps.cam_aux, micro.labels), target, grid)
+    if maps.seg is not None and config.pseudo_labels.agreement > 0:
+        shares = segmentation_target(maps.seg, micro.labels, 1.0)
+    return _Held(valid_cam(maps.cam, micro.labels), valid_cam(maps.cam_aux, micro.labels), target, shares, grid)
 
 
 def _histograms(held: Sequence[_Held], thresholds: DynamicThresholds, config: Config) -> Tensor:
@@ -203,10 +214,9 @@ def _plan(micro: MicroBatch, held: _Held, values: dict[str, Tensor], config: Con
     if labels.refinement == "pixel_adaptive":
         small = resize(micro.weak, deciding_size(_size(held.cam), stride))
         affinity = pixel_affinity(small, labels.refinement_dilations)
-    main = pseudo_label(held.cam, micro.labels, inside, values, labels, stride=stride, affinity=affinity)
-    aux = pseudo_label(
-        held.cam_aux, micro.labels, inside, values, labels, suffix="_aux", stride=stride, affinity=affinity
-    )
+    common: dict[str, Any] = {"stride": stride, "affinity": affinity, "shares": held.shares}
+    main = pseudo_label(held.cam, micro.labels, inside, values, labels, **common)
+    aux = pseudo_label(held.cam_aux, micro.labels, inside, values, labels, suffix="_aux", **common)
     sample, grid = None, held.grid
     if config.losses.contrastive > 0:
         settings = config.contrastive
@@ -224,7 +234,7 @@ def _plan(micro: MicroBatch, held: _Held, values: dict[str, Tensor], config: Con
 
 
 def _counts(plan: _Plan) -> Tensor:
-    """Everything a loss divides by that depends on the pseudo-labels: (9,) float64, to be summed."""
+    """Everything a loss divides by that depends on the pseudo-labels: (2 COUNTS + 1,) float64, to be summed."""
     both = plan.main.counts.new_zeros(1) if plan.sample is None else plan.sample.both.sum().double()[None]
     return torch.cat([plan.main.counts, plan.aux.counts, both])
 
@@ -252,8 +262,8 @@ def _terms(
         terms["loss_cam_to_seg"] = 0.0 * outputs.seg.float().sum()
     if config.losses.cam_to_seg > 0:
         for suffix, pseudo, count, share in (
-            ("", plan.main, counts[:4], 1 - labels.auxiliary_share),
-            ("_aux", plan.aux, counts[4:8], labels.auxiliary_share),
+            ("", plan.main, counts[:COUNTS], 1 - labels.auxiliary_share),
+            ("_aux", plan.aux, counts[COUNTS:-1], labels.auxiliary_share),
         ):
             if share > 0:
                 terms["loss_cam_to_seg" + suffix] = cam_to_seg_loss(
@@ -269,7 +279,7 @@ def _terms(
     if plan.sample is not None:
         vectors = outputs.cam if config.contrastive.on == "cam" else outputs.features
         terms["loss_contrastive"] = contrastive_loss(
-            resize(vectors.float(), plan.grid), plan.sample, config.contrastive.temperature, counts[8]
+            resize(vectors.float(), plan.grid), plan.sample, config.contrastive.temperature, counts[-1]
         )
     return terms
 
@@ -277,12 +287,12 @@ def _terms(
 def _statistics(counts: Tensor, proposal: Proposal | None) -> dict[str, Tensor]:
     """What is worth a curve besides the losses; 0-dim tensors that hold for the whole global batch."""
     statistics: dict[str, Tensor] = {}
-    for suffix, count in (("", counts[:4]), ("_aux", counts[4:8])):
+    for suffix, count in (("", counts[:COUNTS]), ("_aux", counts[COUNTS:-1])):
         foreground, background, region = count[:3].unbind()
         labelled = foreground + background
         statistics["foreground_share" + suffix] = foreground / labelled.clamp(min=1)
         statistics["ignored_share" + suffix] = 1 - labelled / region.clamp(min=1)
-    statistics["contrastive_images"] = counts[8]
+    statistics["contrastive_images"] = counts[-1]
     if proposal is not None:
         statistics["em_steps"], statistics["em_steps_aux"] = proposal.steps.unbind()
     return statistics

@@ -8,13 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cosa_ray.ablation.figures import courses_figure, metrics_shown, steps_figure
 from cosa_ray.ablation.numbers import interval_over_both, step_of, value_of
 from cosa_ray.ablation.plan import load_ablation, plan_ablation
 from cosa_ray.ablation.study import RowResult, Study
 from cosa_ray.ablation.table import markdown, table_rows
 from cosa_ray.config.load import apply_overrides
 from cosa_ray.errors import UserError
+from cosa_ray.reporting.history import Chart
 from cosa_ray.tuning.check import check_sweep
+from cosa_ray.tuning.figures import RED
 
 SHORT = ["training.steps=60", "training.warmup_iters=40", "optimiser.warmup_steps=5", "dynamic_threshold.batches=10"]
 
@@ -164,3 +167,34 @@ def test_tables_show_every_row_and_say_what_is_missing() -> None:
     assert third == ["lost", *["-"] * 6]
     text = markdown(study)
     assert "Without a result: s-3: its process was killed" in text
+    assert "| + term | 0.5100 ± 0.0141 |" in text.partition("## val/miou")[2]
+
+
+def test_figures_show_every_seed_and_which_steps_are_beyond_noise(tmp_path: Path) -> None:
+    seeds = range(4)
+    low, high = ({seed: base + 0.001 * seed for seed in seeds} for base in (0.5, 0.6))
+    values = [value_of(each) for each in (low, high)]
+    step = step_of(low, high)
+    assert step is not None
+    rows = [
+        RowResult("base", {}, None, {}, {"val/miou": values[0], "val/context_foreground": values[0]}, {}),
+        RowResult("+ term", {}, "base", {}, {"val/miou": values[1], "val/context_foreground": values[1]}, {}),
+        RowResult("lost", {}, "base", {}, {}, {}),
+    ]
+    rows[1].steps["val/miou"] = step
+    study = Study("s", "runs/s", "finished", "val/miou", list(seeds), rows)
+    assert metrics_shown(study) == ["val/miou", "val/context_foreground"]
+    figure = steps_figure(study)
+    left, right, *others = figure.axes
+    assert len(others) == 2
+    assert [text.get_text() for text in left.get_yticklabels()] == ["base", "+ term", "lost"]
+    assert [sorted(line.get_xdata()) for line in left.lines[::2]] == [list(low.values()), list(high.values())]
+    bars = [line for line in right.lines if line.get_linestyle() == "-" and len(set(line.get_ydata())) == 1]
+    assert [line.get_color() for line in bars] == [RED]  # 0.1 on every seed is beyond noise
+    assert tuple(bars[0].get_xdata()) == step.interval
+    figure.savefig(tmp_path / "steps.png")
+
+    charts = [Chart("val/miou", {"a": [(1, 0.1), (2, 0.2)], "b": [(2, 0.3)]}, 1)]
+    figure = courses_figure(study, charts, {"a": "base", "b": "+ term"})
+    assert [list(line.get_ydata()) for line in figure.axes[0].lines] == [[0.1, 0.2], [0.3]]
+    figure.savefig(tmp_path / "courses.png")

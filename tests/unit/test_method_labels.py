@@ -55,7 +55,7 @@ def test_release_two_threshold_labels(golden, name, down):
 def test_release_cam_to_seg_loss(golden):
     arrays = tensors(golden("cam_to_seg_loss"))
     logits, labels = arrays["seg_logits"].requires_grad_(), arrays["mask"].long()
-    counts = torch.tensor([((labels > 0) & (labels < 255)).sum(), (labels == 0).sum(), 0, 0]).double()
+    counts = torch.tensor([((labels > 0) & (labels < 255)).sum(), (labels == 0).sum(), 0, 0, 0]).double()
     alpha = float(arrays["fg_alpha"])
     pseudo = PseudoLabel(labels, None, counts)
     loss = cam_to_seg_loss(logits.log_softmax(1), pseudo, counts, alpha, batch_weights=False)
@@ -156,14 +156,14 @@ def test_perplexity_falls_with_the_distance_to_the_threshold():
 def test_reliability_averages_to_one_in_every_image():
     cam, _, _, inside = case()
     p = perplexity(cam.max(1).values, 0.45, 0.8, 1.0)
-    weights = reliability(p, inside, "image")
+    weights = reliability(1 / p, inside, "image")
     for b in range(2):
         pixels = inside[b].nonzero().tolist()
         inverse = {(i, j): 1 / p[b, i, j].item() for i, j in pixels}
         for i, j in pixels:
             assert weights[b, i, j].item() == pytest.approx(len(pixels) * inverse[i, j] / sum(inverse.values()))
         assert weights[b][~inside[b]].abs().max() == 0
-    torch.testing.assert_close(reliability(p, inside, "batch")[inside], 1 / p[inside])
+    torch.testing.assert_close(reliability(1 / p, inside, "batch")[inside], 1 / p[inside])
 
 
 @pytest.mark.parametrize("policy", ["single", "reliability", "two_threshold"])
@@ -200,6 +200,46 @@ def test_cam_to_seg_against_loops_and_in_shares(policy, over):
 
     assert (policy == "two_threshold") == bool((pseudo.labels[inside] == IGNORED).any())
     assert pseudo.counts[:2].tolist() == [pixels["fg"], pixels["bg"]]
+    assert share(slice(None)).item() == pytest.approx(expected, rel=1e-5)
+    assert (share(slice(0, 1)) + share(slice(1, 2))).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("policy", ["single", "reliability", "two_threshold"])
+@pytest.mark.parametrize("over", ["image", "batch"])
+def test_regions_that_weigh_the_same_and_agreement_against_loops(policy, over):
+    settings = PseudoLabels(
+        policy=policy, reliability_over=over, foreground_share=0.3, foreground_over="regions", agreement=0.5
+    )
+    cam, image_labels, _, inside = case()
+    thresholds = {"background": torch.tensor(0.45), "low": torch.tensor(0.55), "high": torch.tensor(0.65)}
+    shares = torch.randn(2, 4, 8, 8).softmax(1)
+    pseudo = pseudo_label(cam, image_labels, inside, thresholds, settings, shares=shares)
+    logits = torch.randn(2, 4, 8, 8)
+
+    p = perplexity(cam.max(1).values, 0.45, 0.8, 1.0)
+    trust, losses = {}, {}
+    for b, i, j in inside.nonzero().tolist():
+        label = pseudo.labels[b, i, j].item()
+        trust[b, i, j] = 1 / p[b, i, j].item() if policy == "reliability" else 1.0
+        if label != IGNORED:
+            trust[b, i, j] *= shares[b, label, i, j].item() ** 0.5
+            losses[b, i, j] = -logits[b, :, i, j].log_softmax(0)[label].item()
+    by_region = {}
+    for at, loss in losses.items():
+        among = [value for other, value in trust.items() if over == "batch" or other[0] == at[0]]
+        weighted = loss * trust[at] * len(among) / sum(among)
+        label = pseudo.labels[at].item()
+        by_region.setdefault((at[0], label) if label else "background", []).append(weighted)
+    background = by_region.pop("background")
+    assert len(by_region) > 2
+    foreground = sum(sum(each) / len(each) for each in by_region.values()) / len(by_region)
+    expected = 0.3 * foreground + 0.7 * sum(background) / len(background)
+
+    def share(part: slice) -> torch.Tensor:
+        mine = pseudo_label(cam[part], image_labels[part], inside[part], thresholds, settings, shares=shares[part])
+        log_p = logits[part].log_softmax(1)
+        return cam_to_seg_loss(log_p, mine, pseudo.counts, 0.3, batch_weights=over == "batch")
+
     assert share(slice(None)).item() == pytest.approx(expected, rel=1e-5)
     assert (share(slice(0, 1)) + share(slice(1, 2))).item() == pytest.approx(expected, rel=1e-5)
 

@@ -155,6 +155,10 @@ VARIANTS = {
         "dense_energy": {"gradient": "autograd"},
     },
     "half size": {"training": {"loss_stride": 2}},
+    "regions and agreement": {
+        "pseudo_labels": {"foreground_over": "regions", "agreement": 1.0, "reliability_over": "batch"},
+        "losses": {"seg_to_cam": 0.0},
+    },
     "refined": {"pseudo_labels": {"refinement": "pixel_adaptive", "refinement_iterations": 2}},
     "quarter size, two thresholds, refined": {
         "pseudo_labels": {"policy": "two_threshold", "refinement": "pixel_adaptive", "refinement_dilations": [1, 3]},
