@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 # Drawn beside the headline where all rows have them.
 BESIDE = ("context_foreground", "pseudo_miou", "pseudo_context_foreground", "cam_miou_held_out")
+_MARKED = 30  # points of a line up to which each is marked
 
 
 def metrics_shown(study: Study) -> list[str]:
@@ -59,7 +60,8 @@ def courses_figure(study: Study, charts: Sequence[Chart], rows: Mapping[str, str
             if letter in chart.lines:
                 steps, values = zip(*chart.lines[letter], strict=True)
                 style = ("-", "--", ":")[number // 10 % 3]
-                axes.plot(steps, values, style, color=f"C{number % 10}", linewidth=1.4, marker="o", ms=3, label=name)
+                marker = "o" if len(steps) < _MARKED else ""
+                axes.plot(steps, values, style, color=f"C{number % 10}", linewidth=1.4, marker=marker, ms=3, label=name)
         axes.set_ylabel(chart.metric, fontsize=9)
     panels[-1].set_xlabel("step")
     handles, labels = panels[0].get_legend_handles_labels()

@@ -172,8 +172,13 @@ def _courses(study: Study, storage: str) -> tuple[list[Chart], dict[str, str]]:
         runs = tuple(find_run(row.runs[seed], storage) for seed in row.metrics[study.headline].by_seed)
         sides.append(Side(letter, row.name, "seeds", runs))
     wanted = [*metrics_shown(study), *(f"threshold/{name}" for name in ("background", "low", "high"))]
-    charts = {chart.metric: chart for chart in Histories().charts(sides, wanted)}
+    charts = {chart.metric: chart for chart in Histories().charts(sides, wanted) if _moves(chart)}
     return [charts[name] for name in wanted if name in charts], {side.letter: side.name for side in sides}
+
+
+def _moves(chart: Chart) -> bool:
+    """Whether there is anything to see: a threshold that no row moves is a straight line."""
+    return len({value for line in chart.lines.values() for _, value in line}) > 1
 
 
 def _log(base: Config, study: Study, folder: Path) -> None:

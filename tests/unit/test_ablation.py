@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.stats import ttest_rel
 
 from cosa_ray.ablation.figures import courses_figure, metrics_shown, steps_figure
 from cosa_ray.ablation.numbers import interval_over_both, step_of, value_of
@@ -120,6 +121,22 @@ def test_a_step_is_paired_by_seed() -> None:
         pytest.approx(0.2),
         pytest.approx(np.std([0.1, 0.3], ddof=1)),
     )
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_a_step_is_beyond_noise_only_where_a_paired_t_test_says_so(seeds: int) -> None:
+    rng, told = np.random.default_rng(0), []
+    for scale in (0.5, 3.0, 10.0):
+        for _ in range(20):
+            above = rng.normal(0.5, 0.1, seeds)
+            row = above + 0.01 * scale + rng.normal(0, 0.02, seeds)
+            step = step_of(dict(enumerate(above)), dict(enumerate(row)))
+            assert step is not None
+            sure = ttest_rel(row, above).pvalue < 0.05
+            told.append(not step.within_noise)
+            assert sure or step.within_noise
+            assert step.within_noise or not step.interval[0] <= 0 <= step.interval[1]
+    assert 0 < sum(told) < len(told)
 
 
 def totals(rng: np.random.Generator, images: int, correct: float) -> np.ndarray:
