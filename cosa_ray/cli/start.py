@@ -22,6 +22,7 @@ REQUIREMENTS = {
     "pandas": ">=2.2",
     "pyarrow": ">=21",
     "scikit-image": ">=0.25",
+    "scipy": ">=1.14",
     "pillow": ">=11",
     "pyyaml": ">=6",
     "safetensors": ">=0.5",
