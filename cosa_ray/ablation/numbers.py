@@ -87,7 +87,7 @@ def step_of(
     if deviation is not None and interval is not None:
         from scipy.stats import t
 
-        small = abs(mean) < t.ppf(0.975, len(seeds) - 1) * deviation / math.sqrt(len(seeds))
+        small = abs(mean) < float(t.ppf(0.975, len(seeds) - 1)) * deviation / math.sqrt(len(seeds))
         noise = small or interval[0] <= 0 <= interval[1]
     by_seed = dict(zip(seeds, differences, strict=True))
     return Step(by_seed, mean, deviation, interval, over, noise)

@@ -8,6 +8,8 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from cosa_ray.config.load import apply_overrides, dump_config, parse_yaml
 from cosa_ray.config.schema import Config
 from cosa_ray.errors import RunFailed, UserError
@@ -241,6 +243,16 @@ def _check_name(name: str) -> str:
     return check_name(name)
 
 
+def _said(file: str, text: str, where: str) -> dict[str, Any]:
+    """What a sweep's file says; a setting that an experiment of an earlier version lacks is at its default."""
+    content = parse_yaml(text, where)
+    if file != BASE_FILE:
+        return content
+    with contextlib.suppress(ValidationError):  # of a version that knew other settings: compared as it is
+        return Config.model_validate(content).model_dump(mode="json")
+    return content
+
+
 def _check_folder(folder: RunFolder, name: str, files: Mapping[str, str], resume: bool) -> None:
     """Make sure that the sweep's folder is free, or with `resume` that it holds the same sweep."""
     if not resume:
@@ -253,7 +265,7 @@ def _check_folder(folder: RunFolder, name: str, files: Mapping[str, str], resume
     if folder.read_text(SWEEP_FILE) is None:
         raise UserError(f"no sweep {name} in {folder.uri} to resume; start it without --resume.")
     for file, content in files.items():
-        before, now = (parse_yaml(text or "", f"{folder.uri}/{file}") for text in (folder.read_text(file), content))
+        before, now = (_said(file, text or "", f"{folder.uri}/{file}") for text in (folder.read_text(file), content))
         for key in RESUMABLE if file == SWEEP_FILE else ():
             before.pop(key, None)
             now.pop(key, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 
 import numpy as np
@@ -183,6 +184,7 @@ def test_tables_show_every_row_and_say_what_is_missing() -> None:
     assert second[-1] == "within noise"
     assert third == ["lost", *["-"] * 6]
     text = markdown(study)
+    assert json.loads(json.dumps(study.as_json()))["rows"][1]["steps"]["val/miou"]["within_noise"] is True
     assert "Without a result: s-3: its process was killed" in text
     assert "| + term | 0.5100 ± 0.0141 |" in text.partition("## val/miou")[2]
 

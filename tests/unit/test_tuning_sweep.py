@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from cosa_ray.config.load import apply_overrides, dump_config
 from cosa_ray.config.schema import Config
@@ -183,6 +184,20 @@ def test_what_a_trial_is_may_not(started: Any, keys: dict[str, Any], changed: st
         UserError, match=f"started with other settings than these .{changed} differs.*trials, concurrency"
     ):
         _check_folder(folder, "s", files(**keys), resume=True)
+
+
+def test_a_setting_that_an_earlier_version_did_not_have_is_at_its_default(started: Any) -> None:
+    folder, files = started
+    content = yaml.safe_load(folder.read_text("base.yaml"))
+    del content["pseudo_labels"]["agreement"]
+    folder.write_text("base.yaml", yaml.safe_dump(content))
+    _check_folder(folder, "s", files(), resume=True)
+    with pytest.raises(UserError, match=r"pseudo_labels of .*base\.yaml differs"):
+        _check_folder(folder, "s", files(base={"pseudo_labels.agreement": 1.0}), resume=True)
+    content["pseudo_labels"]["gone"] = 1  # of a version that knew a setting this one does not
+    folder.write_text("base.yaml", yaml.safe_dump(content))
+    with pytest.raises(UserError, match=r"pseudo_labels of .*base\.yaml differs"):
+        _check_folder(folder, "s", files(), resume=True)
 
 
 def test_a_folder_that_is_there_or_is_not(started: Any, tmp_path: Path) -> None:
