@@ -158,6 +158,11 @@ class Bench:
         self.state.optimiser.step()
         self.state.optimiser.zero_grad(set_to_none=True)
 
+    def not_compiled(self) -> None:
+        """The network time of a step whose networks are as they were written."""
+        with torch.compiler.set_stance("force_eager"):
+            self.bare(self.stepper.autocast)
+
     def _operations(self) -> int:
         """Floating-point operations of the matrix products and convolutions of those passes, counted without data."""
         assignment, online = (deepcopy(network).to("meta") for network in (self.state.assignment, self.state.online))
@@ -243,6 +248,8 @@ def measure(
             "bare": lambda: bench.bare(bench.stepper.autocast),
             "step": bench.step,
         }
+        if config.training.compile != "none":
+            contenders["bare, not compiled"] = bench.not_compiled
         if straightforward:
             contenders |= {"straightforward": bench.straightforward, "bare fp32": lambda: bench.bare(None)}
         parts: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
@@ -284,6 +291,8 @@ def measure(
         "step / bare": ratio(seconds["step"], seconds["bare"]),
         "machine": found,
     }
+    if "bare, not compiled" in seconds:
+        result["step / bare, not compiled"] = ratio(seconds["step"], seconds["bare, not compiled"])
     if peak:
         result["model FLOP utilisation"] = operations / whole["step"] / (peak * 1e12)
     if straightforward:

@@ -10,7 +10,7 @@ import posixpath
 import re
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from cosa_ray.config.credentials import holds_secret
 from cosa_ray.config.section import Count, CountOrZero, Fraction, NonNegative, OpenFraction, Positive, Section
@@ -28,7 +28,13 @@ StrongOperation = Literal[
     "posterise",
 ]
 Precision = Literal["auto", "fp32", "bf16"]
+Compiled = Literal["none", "assignment", "both"]
 _TAG_KEY = re.compile(r"[/\w.\- :]{1,250}")
+
+
+def _compiled(value: Any) -> Any:
+    """Which networks the words of earlier versions meant."""
+    return {True: "both", False: "none"}[value] if isinstance(value, bool) else value
 
 
 class Data(Section):
@@ -142,7 +148,10 @@ class Training(Section):
         description="Feed the decoder zero gradients during warm-up, its last step included, as the release does.",
     )
     precision: Precision = Field("auto", description="auto: bf16 mixed where the hardware has it, fp32 elsewhere.")
-    compile: bool = Field(False, description="torch.compile both networks.")
+    compile: Annotated[Compiled, BeforeValidator(_compiled)] = Field(
+        "none",
+        description="Networks that torch.compile makes faster: the assignment network, which never runs backward, or both.",
+    )
     threads: Count | None = Field(
         None, description="CPU threads a worker; null leaves torch's (Ray: the worker's CPUs)."
     )

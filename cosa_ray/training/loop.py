@@ -267,7 +267,7 @@ class _Run:
         """Evaluate both networks on all workers; rank 0 logs metrics and pictures."""
         began = time.perf_counter()
         # Not compiled: it has sizes of its own, and compiling them would take longer than it saves.
-        with torch.compiler.set_stance("force_eager") if self.config.training.compile else nullcontext():
+        with torch.compiler.set_stance("force_eager") if self.config.training.compile != "none" else nullcontext():
             result = evaluate(
                 self.state.online,
                 self.state.assignment,

@@ -32,7 +32,7 @@ class Stepper:
         self.autocast = autocast_dtype(self.config, workers.device)
         self._status = StepStatus(workers)
         self._wrapped: tuple[str, torch.nn.Module] | None = None
-        if self.config.training.compile:
+        if self.config.training.compile != "none":
             # Every input size is compiled on its own: three scales of AN, with and without its decoder, are over 8.
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
             state.assignment.compile()
@@ -100,7 +100,7 @@ class Stepper:
     def _wrap(self, name: str, module: torch.nn.Module) -> torch.nn.Module:
         """The module under DDP, rebuilt when co-training starts so that no parameter ever lacks a gradient."""
         if self._wrapped is None or self._wrapped[0] != name:
-            if self.config.training.compile:
+            if self.config.training.compile == "both":
                 module.compile()
             self._wrapped = (name, self.workers.wrap(module))
         return self._wrapped[1]

@@ -205,8 +205,13 @@ def test_resuming_a_finished_run_delivers_what_waits(tiny: Make, monkeypatch: py
     assert train(config, name="one", local=True, resume=True).state == "finished"
 
 
-def test_compile_takes_both_networks_and_leaves_the_checkpoint_as_it_is(
-    tiny: Make, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("which", "networks"),
+    # AN; ON's classifiers for warm-up, ON.
+    [("assignment", ["Network"]), ("both", ["Network", "ClassificationView", "Network"])],
+)
+def test_compile_takes_the_networks_it_names_and_leaves_the_checkpoint_as_it_is(
+    tiny: Make, monkeypatch: pytest.MonkeyPatch, which: str, networks: list[str]
 ) -> None:
     """With a backend that only counts: each network is compiled once and used compiled, and nothing else changes."""
     plain = train(tiny(), name="plain", local=True, track=False)
@@ -224,9 +229,8 @@ def test_compile_takes_both_networks_and_leaves_the_checkpoint_as_it_is(
         module._compiled_call_impl = call  # type: ignore[assignment]
 
     monkeypatch.setattr(torch.nn.Module, "compile", count)
-    result = train(tiny(training__compile=True), name="compiled", local=True, track=False)
-    # AN, ON's classifiers for warm-up, ON.
-    assert [type(module).__name__ for module in compiled] == ["Network", "ClassificationView", "Network"]
+    result = train(tiny(training__compile=which), name="compiled", local=True, track=False)
+    assert [type(module).__name__ for module in compiled] == networks
     assert not any(p.requires_grad for p in compiled[0].parameters()), "the assignment network"
     assert all(count > 0 for count in calls.values())
     for file in ("online.safetensors", "assignment.safetensors"):

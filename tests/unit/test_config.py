@@ -39,6 +39,11 @@ def test_overrides_come_last_and_are_yaml(tmp_path: Path) -> None:
     assert config.seed == 3
 
 
+@pytest.mark.parametrize(("said", "meant"), [("true", "both"), ("false", "none"), ("assignment", "assignment")])
+def test_compile_understands_what_earlier_versions_wrote(tmp_path: Path, said: str, meant: str) -> None:
+    assert load_config(write(tmp_path, "a.yaml", f"training: {{compile: {said}}}\n")).training.compile == meant
+
+
 def test_resolved_config_round_trips(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, "a.yaml", "model: {backbone_args: {depth: 2}}\nseed: 9\n"))
     assert load_config(write(tmp_path, "b.yaml", dump_config(config))) == config
@@ -50,6 +55,7 @@ def test_resolved_config_round_trips(tmp_path: Path) -> None:
         ("losses: {cam_to_segg: 1}", [], ["losses.cam_to_segg", "losses.cam_to_seg", "a.yaml"]),
         ("cam_to_seg: 1", [], ["cam_to_seg", "losses.cam_to_seg"]),
         ("seed: many", [], ["seed", "many"]),
+        ("training: {compile: online}", [], ["training.compile", "assignment", "online"]),
         ("pseudo_labels: {threshold: 1.5}", [], ["pseudo_labels.threshold", "1.5"]),
         ("training: {batch_size: 1}\nworkers: 2", [], ["training.batch_size", "2 workers"]),
         ("pseudo_labels: {policy: two_threshold}", [], ["contrastive.threshold"]),
