@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
+
+from filelock import FileLock
 
 from cosa_ray.config.credentials import redacted, without_credentials
 from cosa_ray.config.schema import Config
@@ -193,14 +196,22 @@ def check_store(store: Store) -> None:
         except OSError as error:
             raise UserError(f"the folder of the MLflow store {path} cannot be made ({error.strerror})") from None
     try:
-        client = store.client()
-        experiment = store.experiment_id(client)
-        offer_views(client, experiment)
-        ask_to_change(store, client, experiment)
+        with _alone(path):
+            client = store.client()
+            experiment = store.experiment_id(client)
+            offer_views(client, experiment)
+            ask_to_change(store, client, experiment)
     except UserError:
         raise
     except Exception as error:
         _explain(store, path, error)
+
+
+def _alone(path: Path | None) -> AbstractContextManager[object]:
+    """Keep other runs from making the same SQLite file at the same time, which MLflow takes for damage."""
+    if path is None:
+        return nullcontext()
+    return FileLock(path.with_name(f".{path.name}.lock"))
 
 
 def _explain(store: Store, path: Path | None, error: Exception) -> None:

@@ -144,6 +144,27 @@ def killed_run(target: Tracking, first: int, safe: int, last: int, delivered: bo
     assert process.returncode == 9
 
 
+def test_runs_that_start_at_once_in_a_new_folder_share_its_store(tmp_path) -> None:
+    """MLflow's own first opening of a SQLite file fails when two processes do it together."""
+    opens = (
+        "import sys; from cosa_ray.config.schema import Config; from cosa_ray.tracking.store import open_store; "
+        "import mlflow; sys.stdin.read(); "
+        "print(open_store(Config.model_validate({'tracking': {'uri': sys.argv[1]}}), run_name='a', folder='b').uri)"
+    )
+    line = [sys.executable, "-c", opens, f"sqlite:///{tmp_path}/new/mlflow.db"]
+    environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
+    pipe = subprocess.PIPE
+    started = [
+        subprocess.Popen(line, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment) for _ in range(3)
+    ]
+    for process in started:
+        assert process.stdin is not None
+        process.stdin.close()  # all go on together
+    for process in started:
+        said = process.stderr.read() if process.stderr else ""
+        assert process.wait(300) == 0, said
+
+
 @pytest.mark.parametrize("delivered", [True, False])
 def test_a_killed_and_resumed_run_has_every_point_once(database, tmp_path, delivered) -> None:
     target = tracking(database, tmp_path, f"killed-{delivered}")
