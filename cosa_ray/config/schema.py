@@ -150,7 +150,7 @@ class Training(Section):
     precision: Precision = Field("auto", description="auto: bf16 mixed where the hardware has it, fp32 elsewhere.")
     compile: Annotated[Compiled, BeforeValidator(_compiled)] = Field(
         "none",
-        description="Networks that torch.compile makes faster: the assignment network, which never runs backward, or both.",
+        description="Networks given to torch.compile: none, the assignment network (no backward pass), or both.",
     )
     threads: Count | None = Field(
         None, description="CPU threads a worker; null leaves torch's (Ray: the worker's CPUs)."
