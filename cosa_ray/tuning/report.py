@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from cosa_ray.tracking.store import Store
     from cosa_ray.tracking.tracker import NoTracker, Tracker
     from cosa_ray.tuning.importance import Importance
+    from cosa_ray.tuning.interactions import Interactions
 
 log = logging.getLogger(__name__)
 FOLDER = "sweep"
@@ -95,6 +96,7 @@ def log_report(
     """Log the report under `sweep/`, in place of an earlier one. Nothing that goes wrong in it is raised."""
     begun = time.monotonic()
     found: dict[str, Importance] = {}
+    pairs: dict[str, Interactions] = {}
 
     def write(what: str, make: Callable[[], None]) -> None:
         try:
@@ -118,14 +120,19 @@ def log_report(
 
     def settings() -> None:
         from cosa_ray.tuning.importance import METHOD, importance, study_of
-        from cosa_ray.tuning.slices import importances, parallel, slices
+        from cosa_ray.tuning.interactions import METHOD as PAIRS
+        from cosa_ray.tuning.interactions import interactions
+        from cosa_ray.tuning.slices import importances, parallel, slices, together
 
         study = study_of(sweep.space, entries, result.metrics)
         found.update(importance(study, entries, result.metrics))
-        said = {"method": METHOD, **{metric: asdict(each) for metric, each in found.items()}}
+        pairs.update({metric: interactions(study, index) for index, metric in enumerate(result.metrics)})
+        said: dict[str, Any] = {"method": METHOD, "method of pairs": PAIRS}
+        said |= {metric: {**asdict(each), "together": pairs[metric].said()} for metric, each in found.items()}
         tracker.log_dict(f"{FOLDER}/importance.json", said)
         order = sorted((first := next(iter(found.values()))).shares, key=lambda name: first.shares[name])
         figure("importance", lambda: importances(found))
+        figure("interactions", lambda: together(study, pairs, result.metrics))
         figure("parallel", lambda: parallel(study, result.metrics, order))
         figure("slice", lambda: slices(study, result.metrics))
 
@@ -158,7 +165,9 @@ def log_report(
     write("its figures", figures)
     write("its figures of settings", settings)
     write("its thresholds", thresholds)
-    write("its description", lambda: tracker.set_tags({"mlflow.note.content": description(result, sweep, found)}))
+    write(
+        "its description", lambda: tracker.set_tags({"mlflow.note.content": description(result, sweep, found, pairs)})
+    )
     log.debug("sweep %s: report made in %.1f s", result.name, time.monotonic() - begun)
 
 
@@ -231,7 +240,9 @@ def as_html(result: SweepResult, tables: Sequence[Table]) -> str:
     return f"<!doctype html><meta charset=utf-8><title>{title}</title>{_STYLE}<h1>{title}</h1>{''.join(parts)}\n"
 
 
-def description(result: SweepResult, sweep: Sweep, found: Mapping[str, Importance]) -> str:
+def description(
+    result: SweepResult, sweep: Sweep, found: Mapping[str, Importance], pairs: Mapping[str, Interactions]
+) -> str:
     """A few lines of Markdown: what was searched, what came of it, how to run it, and what it cost."""
     orders = " and ".join(f"`{metric}` ({mode})" for metric, mode in result.metrics.items())
     names = ", ".join(f"`{name}`" for name in sweep.space)
@@ -258,6 +269,10 @@ def description(result: SweepResult, sweep: Sweep, found: Mapping[str, Importanc
         if share:
             top = ", ".join(f"`{name}` {100 * value:.0f} %" for name, value in list(share.items())[:3])
             lines.append(f"**What matters** for {metric}: {top}")
+        if metric in pairs and pairs[metric].pairs:
+            (first, second), together = next(iter(pairs[metric].pairs.items()))
+            known_by = f"a forest's R² is {pairs[metric].predicted:.2f}"
+            lines.append(f"**Together**: `{first}` and `{second}` {100 * together:.0f} % more ({known_by})")
     lines.append(f"**Searched** on `{sweep.base}` by {orders} ({how}): {names}")
     if sweep.scheduler == "pbt":
         lines.append("Settings changed while the trials ran; those shown are the last")

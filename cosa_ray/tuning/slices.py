@@ -23,6 +23,7 @@ from cosa_ray.tuning.figures import (
     sentence,
 )
 from cosa_ray.tuning.importance import Importance
+from cosa_ray.tuning.interactions import Interactions, height
 from cosa_ray.tuning.sweepfile import Mode
 
 if TYPE_CHECKING:
@@ -74,6 +75,69 @@ def _bars(axes: Axes, values: Mapping[str, float], names: Sequence[str], at: flo
         axes.bar_label(axes.barh(y, x, **look), fmt="%.0f %%", padding=3, fontsize=8)
 
 
+def together(study: Study, found: Mapping[str, Interactions], metrics: Mapping[str, Mode]) -> Figure:
+    """Shares of pairs of settings, and the predicted score over the strongest pair, by metric."""
+    title = "Which settings act together"
+    drawn = {metric: each for metric, each in found.items() if each.pairs}
+    if not drawn:
+        return sentence(title, "; ".join(dict.fromkeys(f"{each.note}." for each in found.values())) or "No trial.")
+    figure, panels = panels_of(title, len(drawn), 2, 4.2, width=10.4)
+    known, distributions = _scored(study), _distributions(study)
+    for (metric, each), left, right in zip(drawn.items(), panels[::2], panels[1::2], strict=True):
+        _shares(left, each, metric)
+        place = list(metrics).index(metric)
+        complete = [(t.params, t.user_attrs["scores"][place]) for t in known if t.state.name == "COMPLETE"]
+        _surface(right, each, metric, distributions, complete)
+    return figure
+
+
+def _shares(axes: Axes, found: Interactions, metric: str) -> None:
+    """Alone on the diagonal, pairs below it, in per cent."""
+    names = list(found.alone)
+    table = np.full((len(names), len(names)), np.nan)
+    for name, share in found.alone.items():
+        table[names.index(name), names.index(name)] = 100 * share
+    for pair, share in found.pairs.items():
+        row, column = sorted((names.index(name) for name in pair), reverse=True)
+        table[row, column] = 100 * share
+    axes.imshow(table, cmap="Blues", vmin=0, vmax=max(10.0, float(np.nanmax(table))), aspect="auto")
+    for (row, column), value in np.ndenumerate(table):
+        if not np.isnan(value):
+            dark = value > 0.6 * max(10.0, float(np.nanmax(table)))
+            axes.text(
+                column, row, f"{value:.0f}", ha="center", va="center", fontsize=8.5, color="white" if dark else "black"
+            )
+    axes.set_xticks(range(len(names)), [_broken(name) for name in names], fontsize=7, rotation=90)
+    axes.set_yticks(range(len(names)), names, fontsize=7.5)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    sure = f"R² {found.predicted:.2f} on configurations not shown"
+    axes.set_title(f"% of the variance of {metric}, alone and in pairs\n({sure})", fontsize=8.5, loc="left")
+
+
+def _surface(
+    axes: Axes,
+    found: Interactions,
+    metric: str,
+    distributions: Mapping[str, Any],
+    tried: Sequence[tuple[Mapping[str, Any], float]],
+) -> None:
+    """Predicted score over the strongest pair, and as dots what was scored."""
+    from matplotlib.colors import Normalize
+
+    first, second = next(iter(found.pairs))
+    scale: dict[str, Any] = {"norm": Normalize(np.min(found.surface), np.max(found.surface)), "cmap": "viridis"}
+    image = axes.imshow(found.surface, origin="lower", extent=(0, 1, 0, 1), aspect="auto", **scale)
+    across, up = ([height(distributions[name], settings[name]) for settings, _ in tried] for name in (second, first))
+    axes.scatter(across, up, c=[score for _, score in tried], s=26, edgecolors="white", linewidths=0.8, **scale)
+    axes.set_xticks(*_ticks(distributions[second]), fontsize=8)
+    axes.set_yticks(*_ticks(distributions[first]), fontsize=8)
+    axes.set_xlabel(second, fontsize=8.5)
+    axes.set_ylabel(first, fontsize=8.5)
+    axes.set_title("the strongest pair: predicted, and as dots tried", fontsize=8.5, loc="left")
+    axes.figure.colorbar(image, ax=axes).set_label(metric, fontsize=8.5)
+
+
 def parallel(study: Study, metrics: Mapping[str, Mode], order: Sequence[str] = ()) -> Figure:
     """Parallel coordinates of the configurations, coloured by their rank; `order`: settings, the last beside the score.
 
@@ -93,7 +157,7 @@ def parallel(study: Study, metrics: Mapping[str, Mode], order: Sequence[str] = (
 
     def heights(trial: FrozenTrial) -> list[float]:
         jitter = ((trial.number * 0.618) % 1 - 0.5) * 0.05
-        settings = [_height(distributions[n], trial.params[n], jitter) if n in trial.params else _ABSENT for n in names]
+        settings = [_beside(distributions[n], trial.params[n], jitter) if n in trial.params else _ABSENT for n in names]
         scores = trial.user_attrs.get("scores")
         if scores is None:
             return [*settings, *[_ABSENT] * len(metrics)]
@@ -188,17 +252,9 @@ def _distributions(study: Study) -> dict[str, Any]:
     return {name: each for trial in study.get_trials(deepcopy=False) for name, each in trial.distributions.items()}
 
 
-def _height(distribution: Any, value: Any, jitter: float) -> float:
-    """Place of a value between the ends of its setting, 0 to 1."""
-    if hasattr(distribution, "choices"):
-        count = len(distribution.choices)
-        return (distribution.choices.index(value) + 0.5) / count + jitter
-    low, high = distribution.low, distribution.high
-    if low == high:
-        return 0.5
-    if distribution.log:
-        return math.log(value / low) / math.log(high / low)
-    return float((value - low) / (high - low))
+def _beside(distribution: Any, value: Any, jitter: float) -> float:
+    """Height of a value, of a choice a little beside it: else lines would lie on each other."""
+    return height(distribution, value) + (jitter if hasattr(distribution, "choices") else 0.0)
 
 
 def _ticks(distribution: Any) -> tuple[list[float], list[str]]:
@@ -208,20 +264,20 @@ def _ticks(distribution: Any) -> tuple[list[float], list[str]]:
     elif distribution.log:
         low, high = distribution.low, distribution.high
         decades = [10.0**power for power in range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)]
-        inside = [v for v in decades if 0.07 < _height(distribution, v, 0) < 0.93]
+        inside = [v for v in decades if 0.07 < height(distribution, v) < 0.93]
         values = [low, *inside, high]
     else:
         values = list(np.linspace(distribution.low, distribution.high, 5))
-    return [_height(distribution, value, 0) for value in values], [_word(value) for value in values]
+    return [height(distribution, value) for value in values], [_word(value) for value in values]
 
 
 def _marks(axes: Axes, place: int, heights: Sequence[float], words: Sequence[str]) -> None:
     axes.plot([place, place], [0, 1], color="#505050", linewidth=0.8, zorder=4)
-    for height, word in zip(heights, words, strict=True):
-        axes.plot([place - 0.02, place + 0.02], [height, height], color="#505050", linewidth=0.8, zorder=4)
+    for at, word in zip(heights, words, strict=True):
+        axes.plot([place - 0.02, place + 0.02], [at, at], color="#505050", linewidth=0.8, zorder=4)
         axes.text(
             place + 0.05,
-            height,
+            at,
             word,
             fontsize=7.5,
             va="center",

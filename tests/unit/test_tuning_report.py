@@ -17,6 +17,8 @@ from PIL import Image
 from cosa_ray.tuning import figures
 from cosa_ray.tuning import importance as importance_module
 from cosa_ray.tuning.importance import FEWEST, importance, study_of
+from cosa_ray.tuning.interactions import FEWEST as PAIRED
+from cosa_ray.tuning.interactions import interactions
 from cosa_ray.tuning.journal import Entry, Report
 from cosa_ray.tuning.parent import Parent
 from cosa_ray.tuning.report import as_csv, as_html, by_configuration, leaderboard, log_report, tags
@@ -326,6 +328,57 @@ def test_where_importance_cannot_be_told_a_sentence_says_why(count: int, said: d
     assert sentence in (found.note or "")
 
 
+def test_a_pair_has_the_share_that_its_formula_gives() -> None:
+    """Of a + b + 4 (a - 1/2) (b - 1/2) both alone have 1/12 of variance and the pair (4 / 12)²; a third has nothing."""
+    space = space_of({**PLAIN, "losses.contrastive": {"loguniform": [0.01, 1.0]}})
+    names = ("losses.cam_to_seg", "losses.seg_to_cam")
+
+    def score(values: dict) -> float:
+        a, b = (values[name] for name in names)
+        return a + b + 4 * (a - 0.5) * (b - 0.5)
+
+    entries = scored(400, space, score)
+    found = interactions(study_of(space, entries, MIOU), 0)
+    whole = 2 / 12 + (4 / 12) ** 2
+    assert next(iter(found.pairs)) == names
+    assert found.pairs[names] == pytest.approx((4 / 12) ** 2 / whole, abs=0.08)
+    assert [found.alone[name] for name in names] == pytest.approx([1 / 12 / whole] * 2, abs=0.08)
+    assert all(share < 0.02 for pair, share in found.pairs.items() if pair != names)
+    assert found.predicted is not None
+    assert found.predicted > 0.9
+    corner = found.surface[-1][-1]
+    assert corner == max(max(row) for row in found.surface)
+    assert found.said()["pairs"][" x ".join(names)] == found.pairs[names]
+
+
+def test_settings_that_add_up_do_not_act_together_and_noise_is_not_predicted() -> None:
+    space = space_of({**PLAIN, "pseudo_labels.policy": {"choice": ["single", "reliability"]}})
+    entries = scored(200, space, lambda v: v["losses.cam_to_seg"] + (v["pseudo_labels.policy"] == "single"))
+    found = interactions(study_of(space, entries, MIOU), 0)
+    assert max(found.pairs.values()) < 0.02
+    # 1/4 of a coin's variance, 1/12 of the slope's.
+    assert found.alone["pseudo_labels.policy"] == pytest.approx(0.75, abs=0.05)
+    generator = np.random.default_rng(3)
+    noise = interactions(study_of(space, scored(200, space, lambda _: generator.normal()), MIOU), 0)
+    assert noise.predicted is not None
+    assert noise.predicted < 0.1
+
+
+@pytest.mark.parametrize(
+    ("count", "said", "score", "sentence"),
+    [
+        (PAIRED - 1, PLAIN, lambda v: v["losses.cam_to_seg"], f"there are {PAIRED - 1}"),
+        (PAIRED, PLAIN, lambda v: 0.5, "the same score"),
+        (PAIRED, {"losses.cam_to_seg": PLAIN["losses.cam_to_seg"]}, lambda v: v["losses.cam_to_seg"], "only one"),
+    ],
+)
+def test_where_pairs_cannot_be_told_a_sentence_says_why(count: int, said: dict, score, sentence: str) -> None:
+    space = space_of(said)
+    found = interactions(study_of(space, scored(count, space, score), MIOU), 0)
+    assert found.pairs == {}
+    assert sentence in (found.note or "")
+
+
 class Recorder:
     """Stands for a tracker; draws figures as it does."""
 
@@ -424,7 +477,7 @@ def test_every_figure_is_drawn(case: str, tmp_path: Path, caplog: pytest.LogCapt
         log_report(tracker, store, sweep_of(space, metrics), result, entries)
     assert not caplog.records
     drawn = {path.removeprefix("sweep/").removesuffix(".png") for path in tracker.files if path.endswith(".png")}
-    expected = {"history", "curves", "cost", "importance", "parallel", "slice", "thresholds"}
+    expected = {"history", "curves", "cost", "importance", "interactions", "parallel", "slice", "thresholds"}
     assert drawn == expected | ({"pareto"} if len(metrics) > 1 else set())
     texts = {path.removeprefix("sweep/") for path in tracker.files if not path.endswith(".png")}
     assert texts == {"leaderboard.csv", "leaderboard.html", "importance.json"} | (
@@ -439,8 +492,8 @@ def test_every_figure_is_drawn(case: str, tmp_path: Path, caplog: pytest.LogCapt
         sentences
         == {
             "60 trials, conditional": set(),
-            "several metrics": set(),
-            "one trial": {"importance"},
+            "several metrics": {"interactions"},
+            "one trial": {"importance", "interactions"},
             "all failed": expected - {"cost", "thresholds", "curves"},
             "none started": expected,
         }[case]
