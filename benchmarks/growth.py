@@ -32,7 +32,7 @@ import sys, time
 from pathlib import Path
 import cosa_ray.data.loader
 from cosa_ray.data.dataset import open_dataset
-from cosa_ray.data.order import batch_indices
+from cosa_ray.data.order import Order
 def held():
     return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if "VmRSS" in line)
 before, began = held(), time.perf_counter()
@@ -40,7 +40,7 @@ split = open_dataset(sys.argv[1]).split("train")
 sample = split[len(split) // 2]
 opened = time.perf_counter() - began
 began = time.perf_counter()
-batch_indices(0, len(split), 4, len(split))
+Order(0, len(split)).indices(len(split), 4)
 print(opened, (held() - before) / 1024, time.perf_counter() - began)
 """
 

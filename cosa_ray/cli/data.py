@@ -290,7 +290,15 @@ def show(
         settings = Config() if config is None else load_config(config, [])
         drawn = settings.seed if seed is None else seed
         opened, batch = open_dataset(dataset), settings.training.batch_size
-        sheet = contact_sheet(opened, split, views=settings.views, seed=drawn, images=images, batch_size=batch)
+        sheet = contact_sheet(
+            opened,
+            split,
+            views=settings.views,
+            seed=drawn,
+            images=images,
+            batch_size=batch,
+            sampling=settings.data.sampling,
+        )
         try:
             sheet.save(out, "PNG")
         except OSError as error:

@@ -28,6 +28,7 @@ StrongOperation = Literal[
     "posterise",
 ]
 Precision = Literal["auto", "fp32", "bf16"]
+Sampling = Literal["even", "balanced"]
 Compiled = Literal["none", "assignment", "both"]
 _TAG_KEY = re.compile(r"[/\w.\- :]{1,250}")
 
@@ -43,6 +44,10 @@ class Data(Section):
     dataset: str = Field("datasets/voc", description="Dataset folder or URI (made by `cosa-ray data import`).")
     train_split: str = Field("train", description="Split whose images and image-level labels are trained on.")
     val_split: str = Field("val", description="Split with masks that evaluation uses.")
+    sampling: Sampling = Field(
+        "even",
+        description="even: every image once an epoch; balanced: rare classes about as often as common ones.",
+    )
     loader_processes: CountOrZero = Field(2, description="Loader processes per worker; 0 loads in the worker itself.")
 
 

@@ -14,9 +14,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as Batches
 
-from cosa_ray.config.schema import Views
+from cosa_ray.config.schema import Sampling, Views
 from cosa_ray.data.dataset import Split
-from cosa_ray.data.order import batch_indices, draw, worker_slice
+from cosa_ray.data.order import Order, balancing, draw, worker_slice
 from cosa_ray.data.views import two_views
 from cosa_ray.errors import UserError
 
@@ -88,9 +88,9 @@ class _Made(Batches, Generic[Batch]):
 class _TrainingStep:
     """Makes a worker's batch of a step; what a loader process is sent."""
 
-    def __init__(self, split: Split, seed: int, views: Views, batch_size: int, start: int, part: slice) -> None:
+    def __init__(self, split: Split, order: Order, views: Views, batch_size: int, start: int, part: slice) -> None:
         self._split = split
-        self._seed = seed
+        self._order = order
         self._views = views
         self._batch_size = batch_size
         self._start = start
@@ -98,7 +98,7 @@ class _TrainingStep:
 
     def __call__(self, number: int) -> TrainingBatch:
         step = self._start + number
-        indices = batch_indices(self._seed, step, self._batch_size, len(self._split))
+        indices = self._order.indices(step, self._batch_size)
         positions = np.arange(self._batch_size, dtype=np.int64)[self._part]
         side = self._views.crop
         weak, strong = np.empty((2, len(positions), 3, side, side), np.uint8)
@@ -106,7 +106,7 @@ class _TrainingStep:
         box = np.empty((len(positions), 4), np.int64)
         for row, position in enumerate(positions):
             sample = self._split[int(indices[position])]
-            rng = draw(self._seed, step, int(position))
+            rng = draw(self._order.seed, step, int(position))
             weak[row], strong[row], box[row] = two_views(sample.decode_image(), self._views, rng)
             labels[row] = sample.labels
         return TrainingBatch(step, *(torch.from_numpy(array) for array in (weak, strong, labels, box, positions)))
@@ -140,6 +140,11 @@ class _EvaluationPart:
         )
 
 
+def order_of(split: Split, seed: int, sampling: Sampling) -> Order:
+    """The order in which training with a seed takes a split's samples."""
+    return Order(seed, len(split), balancing(split.labels()) if sampling == "balanced" else None)
+
+
 def training_batches(
     split: Split,
     *,
@@ -148,6 +153,7 @@ def training_batches(
     batch_size: int,
     start_step: int,
     stop_step: int,
+    sampling: Sampling = "even",
     rank: int = 0,
     world: int = 1,
     processes: int = 0,
@@ -162,7 +168,7 @@ def training_batches(
     if batch_size < world:
         raise UserError(f"a global batch of {batch_size} gives no sample to some of {world} workers: use fewer workers")
     part = worker_slice(batch_size, rank, world)
-    make = _TrainingStep(split, seed, views, batch_size, start_step, part)
+    make = _TrainingStep(split, order_of(split, seed, sampling), views, batch_size, start_step, part)
     return _batches(_Made(make, max(0, stop_step - start_step)), processes)
 
 

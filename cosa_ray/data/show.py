@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from cosa_ray.config.schema import Views
+from cosa_ray.config.schema import Sampling, Views
 from cosa_ray.data.dataset import Dataset, Sample
-from cosa_ray.data.order import batch_indices, draw
+from cosa_ray.data.loader import order_of
+from cosa_ray.data.order import draw
 from cosa_ray.data.pictures import IGNORED, Palette
 from cosa_ray.data.views import two_views
 from cosa_ray.errors import UserError
@@ -30,7 +31,14 @@ def paint_mask(mask: np.ndarray, palette: Palette) -> Image.Image:
 
 
 def contact_sheet(
-    dataset: Dataset, split: str, *, views: Views, seed: int = 0, images: int = 8, batch_size: int = 8
+    dataset: Dataset,
+    split: str,
+    *,
+    views: Views,
+    seed: int = 0,
+    images: int = 8,
+    batch_size: int = 8,
+    sampling: Sampling = "even",
 ) -> Image.Image:
     """A sheet with one row for each of the first `images` samples that training on `split` with `seed` draws.
 
@@ -43,6 +51,7 @@ def contact_sheet(
     if not len(samples):
         raise UserError(f"split {split} of {dataset.uri} has no images: choose another one")
     count = min(images, len(samples))
+    order = order_of(samples, seed, sampling)
     row_height = _CELL + _TEXT + _GAP
     width = len(_COLUMNS) * (_CELL + _GAP) + _GAP
     sheet = Image.new("RGB", (width, _HEAD + count * row_height), _PAPER)
@@ -52,7 +61,7 @@ def contact_sheet(
         pen.text((_GAP + column * (_CELL + _GAP), 4), title, _INK, font)
     for row in range(count):
         step, position = divmod(row, batch_size)
-        sample = samples[int(batch_indices(seed, step, batch_size, len(samples))[position])]
+        sample = samples[int(order.indices(step, batch_size)[position])]
         top = _HEAD + row * row_height
         pictures = _pictures(sample, views, draw(seed, step, position), dataset.card.palette)
         for column, picture in enumerate(pictures):

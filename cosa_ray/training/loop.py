@@ -190,6 +190,7 @@ class _Run:
             batch_size=config.training.batch_size,
             start_step=self.state.step,
             stop_step=stop_step,
+            sampling=config.data.sampling,
             rank=self.workers.rank,
             world=self.workers.world,
             processes=config.data.loader_processes,

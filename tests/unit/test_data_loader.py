@@ -12,7 +12,7 @@ from tiny_sets import tiny_dataset
 from cosa_ray.config.schema import Views
 from cosa_ray.data.dataset import open_dataset
 from cosa_ray.data.loader import Resize, TrainingBatch, evaluation_batches, training_batches
-from cosa_ray.data.order import batch_indices, draw
+from cosa_ray.data.order import Order, balancing, draw
 from cosa_ray.data.views import two_views
 from cosa_ray.errors import UserError
 
@@ -26,7 +26,7 @@ def split(tmp_path_factory):
     return open_dataset(str(out)).split("train")
 
 
-def batches(split, start=0, stop=6, rank=0, world=1, processes=0, batch_size=5):
+def batches(split, start=0, stop=6, rank=0, world=1, processes=0, batch_size=5, **more):
     return list(
         training_batches(
             split,
@@ -38,6 +38,7 @@ def batches(split, start=0, stop=6, rank=0, world=1, processes=0, batch_size=5):
             rank=rank,
             world=world,
             processes=processes,
+            **more,
         )
     )
 
@@ -50,13 +51,24 @@ def test_a_batch_is_its_samples_one_by_one(split):
     for batch in batches(split, stop=4):
         assert batch.weak.dtype == batch.strong.dtype == torch.uint8
         assert batch.position.tolist() == list(range(5))
-        for position, index in enumerate(batch_indices(3, batch.step, 5, 10)):
+        for position, index in enumerate(Order(3, 10).indices(batch.step, 5)):
             sample = split[int(index)]
             weak, strong, box = two_views(sample.decode_image(), VIEWS, draw(3, batch.step, position))
             assert np.array_equal(batch.weak[position], weak)
             assert np.array_equal(batch.strong[position], strong)
             assert np.array_equal(batch.box[position], box)
             assert np.array_equal(batch.labels[position], sample.labels)
+
+
+def test_a_balanced_run_draws_by_the_labels_of_its_split(split):
+    labels = np.stack([split[index].labels for index in range(10)])
+    order = Order(3, 10, balancing(labels))
+    for processes in (0, 1):
+        for batch in batches(split, stop=4, sampling="balanced", processes=processes):
+            chosen = order.indices(batch.step, 5)
+            assert np.array_equal(batch.labels, labels[chosen])
+            weak, _, _ = two_views(split[int(chosen[2])].decode_image(), VIEWS, draw(3, batch.step, 2))
+            assert np.array_equal(batch.weak[2], weak)
 
 
 @pytest.mark.parametrize("world", [2, 3, 5])

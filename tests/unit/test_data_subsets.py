@@ -19,7 +19,7 @@ from cosa_ray.data.check import check_dataset
 from cosa_ray.data.dataset import open_dataset
 from cosa_ray.data.importing import import_dataset, write_dataset
 from cosa_ray.data.loader import training_batches
-from cosa_ray.data.order import batch_indices
+from cosa_ray.data.order import Order
 from cosa_ray.data.subsets import add_subset
 from cosa_ray.errors import UserError
 
@@ -77,7 +77,7 @@ def test_training_batches_are_of_the_subsets_images(folder):
     part = open_dataset(str(folder)).split("part")
     batches = training_batches(part, seed=3, views=Views(crop=16), batch_size=2, start_step=0, stop_step=3)
     for step, batch in enumerate(batches):
-        numbers = [(2, 3, 7)[index] for index in batch_indices(3, step, 2, 3)]
+        numbers = [(2, 3, 7)[index] for index in Order(3, 3).indices(step, 2)]
         assert batch.labels.argmax(1).tolist() == [number % 3 for number in numbers]
     assert step == 2
 
