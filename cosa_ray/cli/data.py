@@ -187,6 +187,9 @@ def subset(
     first: Annotated[int | None, typer.Option(metavar="N", help="The split's first N images.")] = None,
     random: Annotated[int | None, typer.Option(metavar="N", help="N images drawn with --seed.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of --random.")] = 0,
+    rest_of: Annotated[
+        str | None, typer.Option(metavar="SUBSET", help="The images that another subset of the split leaves out.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Name some images of a split, copying none; the name then serves as a split: data.val_split, --split, metrics.
@@ -199,9 +202,9 @@ def subset(
     from cosa_ray.data.subsets import add_subset
 
     with json_only(as_json) as emit:
-        if sum(choice is not None for choice in (ids, first, random)) != 1:
-            raise UserError("`data subset` needs one of --ids, --first and --random: give exactly one")
-        card = add_subset(dataset, name, of=of, ids=ids, first=first, random=random, seed=seed)
+        if sum(choice is not None for choice in (ids, first, random, rest_of)) != 1:
+            raise UserError("`data subset` needs one of --ids, --first, --random and --rest-of: give exactly one")
+        card = add_subset(dataset, name, of=of, ids=ids, first=first, random=random, seed=seed, rest_of=rest_of)
         made = card.subsets[name]
         say(_subset_line(name, made, card.splits[made.of].images))
         emit({"dataset": dataset, "name": name, **made.model_dump(mode="json")})

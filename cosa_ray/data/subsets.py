@@ -33,21 +33,23 @@ def add_subset(
     first: int | None = None,
     random: int | None = None,
     seed: int = 0,
+    rest_of: str | None = None,
 ) -> DatasetCard:
     """Give some images of the split `of` the name `name`, copying none; returns the card, which says so from then on.
 
-    One of three chooses them: `ids`, the names themselves or the path or URI of a list with one a line (folders, the
+    One of four chooses them: `ids`, the names themselves or the path or URI of a list with one a line (folders, the
     endings .jpg and .png, and the leading part or the leading zeros of COCO's names make no difference); `first`, the
     split's first n; `random`, n drawn with `seed` by the hash of their ids, so that neither the split's order nor a
-    library's version changes the draw, and a larger n adds to a smaller one. They stay in the split's order. The same
+    library's version changes the draw, and a larger n adds to a smaller one; `rest_of`, a subset, those of the split
+    that it leaves out. They stay in the split's order. The same
     subset may be added again; another one of its name is refused, because metrics carry the name. A remote dataset is
     copied to this node first, as for training.
     Raises UserError for a bad or taken name, ids that are not in the split or stand twice, none or too many images, and
     a dataset that cannot be written.
     """
     uri = os.fspath(dataset)
-    if sum(choice is not None for choice in (ids, first, random)) != 1:
-        raise UserError("a subset needs one of ids, first and random, which say its images: give exactly one")
+    if sum(choice is not None for choice in (ids, first, random, rest_of)) != 1:
+        raise UserError("a subset needs one of ids, first, random and rest_of, which say its images: give exactly one")
     _check_name(name)
     listed, origin = (None, "") if ids is None else _listed(ids)
     opened, where = open_dataset(uri), place(uri)
@@ -58,6 +60,8 @@ def add_subset(
         rows = _matched(listed, there, split, origin)
     elif first is not None:
         rows, origin = list(range(_at_most(first, there, split))), f"first {first}"
+    elif rest_of is not None:
+        rows, origin = _left(opened, rest_of, samples), f"what {rest_of} leaves out"
     else:
         count = _at_most(random or 0, there, split)
         rows, origin = _drawn(there, count, seed), f"{count} at random, seed {seed}"
@@ -120,6 +124,19 @@ def _at_most(count: int, there: list[str], split: str) -> int:
 def _drawn(there: list[str], count: int, seed: int) -> list[int]:
     keys = [hashlib.sha256(f"{seed} {name}".encode()).digest() for name in there]
     return sorted(sorted(range(len(there)), key=lambda row: (keys[row], there[row]))[:count])
+
+
+def _left(dataset: Dataset, subset: str, samples: Split) -> list[int]:
+    """Places of the images that a subset of the split leaves out."""
+    card = dataset.card.subsets.get(subset)
+    if card is None or card.of != samples.name:
+        known = ", ".join(name for name, each in dataset.card.subsets.items() if each.of == samples.name) or "none"
+        raise UserError(f"{dataset.uri} has no subset {subset!r} of {samples.name}: there are {known}")
+    taken = set(dataset.split(subset).ids())
+    rows = [row for row, name in enumerate(samples.ids()) if name not in taken]
+    if not rows:
+        raise UserError(f"subset {subset} of {dataset.uri} is all of {samples.name}: it leaves no image out")
+    return rows
 
 
 def _matched(names: list[str], there: list[str], split: str, source: str) -> list[int]:

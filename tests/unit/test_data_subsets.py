@@ -100,6 +100,26 @@ def test_the_first_and_random_ones(folder):
     assert open_dataset(str(folder)).split("all").ids() == open_dataset(str(folder)).split("val").ids()
 
 
+def test_two_halves_are_the_whole(folder, capsys):
+    assert run(capsys, "data", "subset", folder, "chosen", "--random", 5)[0] == 0
+    assert run(capsys, "data", "subset", folder, "rest", "--rest-of", "chosen")[0] == 0
+    dataset = open_dataset(str(folder))
+    chosen, rest = (set(dataset.split(name).ids()) for name in ("chosen", "rest"))
+    assert (len(chosen), len(rest)) == (5, 6)
+    assert chosen | rest == set(dataset.split("val").ids())
+    assert dataset.card.subsets["rest"].origin == "what chosen leaves out"
+    add_subset(str(folder), "all", first=11)
+    before = everything(folder)
+    for subset, of, message in (
+        ("all", "val", "all of val: it leaves no image out"),
+        ("nothing", "val", r"no subset 'nothing' of val: there are chosen, rest, all"),
+        ("chosen", "train", r"no subset 'chosen' of train: there are none"),
+    ):
+        with pytest.raises(UserError, match=message):
+            add_subset(str(folder), "more", of=of, rest_of=subset)
+    assert everything(folder) == before
+
+
 def test_a_random_subset_does_not_depend_on_order_and_grows(tmp_path):
     """The draw is of the ids: another order of the same images gives the same ones."""
     source = numbered_source(3, val=60)
@@ -409,8 +429,8 @@ def test_a_subset_from_the_command_line(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["part"], "--ids, --first and --random"),
-        (["part", "--first", "2", "--random", "2"], "--ids, --first and --random"),
+        (["part"], "--ids, --first, --random and --rest-of"),
+        (["part", "--first", "2", "--random", "2"], "--ids, --first, --random and --rest-of"),
         (["part", "--ids", "nowhere.txt"], "nowhere.txt"),
         (["part", "--first", "99"], "11 images"),
         (["part", "--first", "2", "--of", "test"], "'test'"),
