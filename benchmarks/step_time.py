@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import resource
 import statistics
 from collections import defaultdict
@@ -167,7 +168,8 @@ class Bench:
         """Floating-point operations of the matrix products and convolutions of those passes, counted without data."""
         assignment, online = (deepcopy(network).to("meta") for network in (self.state.assignment, self.state.online))
         inputs = [view.to("meta") for view in self.inputs]
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        ours = {torch.ops.aten.convolution_backward: convolution_backward_operations}
+        with FlopCounterMode(display=False, custom_mapping=ours) as counter, sdpa_kernel(SDPBackend.MATH):
             passes(assignment, online, inputs, self.images.to("meta"), None)
         return counter.get_total_flops()
 
@@ -191,6 +193,16 @@ class Bench:
             self.step()
         finally:
             method_step.assign, state.average, state.optimiser, backbone.plain_is_faster = usual
+
+
+def convolution_backward_operations(*shapes: Any, **_: Any) -> int:
+    """Operations of a convolution's gradients, each as many as forward: torch counts grouped ones as if they were full.
+
+    shapes: of aten.convolution_backward's arguments: gradient, input, weight, ..., output_mask.
+    """
+    gradient, _input, weight, *_others, wanted = shapes[:11]
+    forward = 2 * gradient[0] * math.prod(gradient[2:]) * math.prod(weight)
+    return int(forward * sum(wanted[:2]))
 
 
 def passes(
