@@ -191,7 +191,6 @@ def test_it_runs_on_torch_timm_numpy_pyarrow_and_pydantic_alone(tmp_path: Path) 
     assert set(found["seconds"]) == {"bare", "step", "straightforward", "bare fp32"}
     for name, whole in found["seconds"].items():
         parts = found["split"][name]
-        assert 0 < sum(parts.values())
         assert whole > 0
         for part in ("assignment network", "online forward", "backward", "optimiser"):
             assert parts[part] > 0, (name, part)
