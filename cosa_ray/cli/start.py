@@ -22,6 +22,7 @@ REQUIREMENTS = {
     "pandas": ">=2.2",
     "pyarrow": ">=21",
     "scikit-image": ">=0.25",
+    "scikit-learn": ">=1.6",
     "scipy": ">=1.15",
     "pillow": ">=11",
     "pyyaml": ">=6",

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cosa_ray.tuning.journal import Entry
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from optuna import Study
@@ -21,6 +23,7 @@ METHOD = (
     "forest's R² on configurations left out of its trees: at 0 or below it learnt nothing, and shares are noise."
 )
 FEWEST = 16  # configurations; below, pairs are noise
+JUDGED = 500  # configurations, drawn at random where there are more: trees grow with them, and seconds with trees
 MOST = 8  # settings that are paired, those that explain most by themselves
 STEPS = 9  # places of a range that are looked at
 _SPREAD, _DRAWN = 4096, 256  # settings that the whole variance, and a mean over the others, are taken over
@@ -55,19 +58,24 @@ class Interactions:
         }
 
 
-def interactions(study: Study, index: int) -> Interactions:
+def interactions(study: Study, entries: Sequence[Entry], index: int) -> Interactions:
     """Interactions for one metric of `study_of` a sweep's entries, over the configurations that ran to their end.
 
     Settings that not all of them have are left out.
     """
     from optuna.trial import TrialState
 
+    if any(entry.lineage for entry in entries):
+        return Interactions(note="settings changed while the trials ran, so none has a score of its own")
     trials = [trial for trial in study.get_trials(deepcopy=False) if trial.state == TrialState.COMPLETE]
     if len(trials) < FEWEST:
         return Interactions(
             configurations=len(trials),
             note=f"it takes {FEWEST} configurations that ran to their end, and there are {len(trials)}",
         )
+    if len(trials) > JUDGED:
+        drawn_trials = np.random.default_rng(0).choice(len(trials), JUDGED, replace=False)
+        trials = [trials[place] for place in sorted(drawn_trials.tolist())]
     names = [name for name in trials[0].params if all(name in trial.params for trial in trials)]
     distributions = {name: trials[0].distributions[name] for name in names}
     scores = np.array([trial.values[index] for trial in trials])

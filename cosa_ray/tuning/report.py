@@ -126,7 +126,7 @@ def log_report(
 
         study = study_of(sweep.space, entries, result.metrics)
         found.update(importance(study, entries, result.metrics))
-        pairs.update({metric: interactions(study, index) for index, metric in enumerate(result.metrics)})
+        pairs.update({metric: interactions(study, entries, index) for index, metric in enumerate(result.metrics)})
         said: dict[str, Any] = {"method": METHOD, "method of pairs": PAIRS}
         said |= {metric: {**asdict(each), "together": pairs[metric].said()} for metric, each in found.items()}
         tracker.log_dict(f"{FOLDER}/importance.json", said)

@@ -338,7 +338,7 @@ def test_a_pair_has_the_share_that_its_formula_gives() -> None:
         return a + b + 4 * (a - 0.5) * (b - 0.5)
 
     entries = scored(400, space, score)
-    found = interactions(study_of(space, entries, MIOU), 0)
+    found = interactions(study_of(space, entries, MIOU), entries, 0)
     whole = 2 / 12 + (4 / 12) ** 2
     assert next(iter(found.pairs)) == names
     assert found.pairs[names] == pytest.approx((4 / 12) ** 2 / whole, abs=0.08)
@@ -354,12 +354,13 @@ def test_a_pair_has_the_share_that_its_formula_gives() -> None:
 def test_settings_that_add_up_do_not_act_together_and_noise_is_not_predicted() -> None:
     space = space_of({**PLAIN, "pseudo_labels.policy": {"choice": ["single", "reliability"]}})
     entries = scored(200, space, lambda v: v["losses.cam_to_seg"] + (v["pseudo_labels.policy"] == "single"))
-    found = interactions(study_of(space, entries, MIOU), 0)
+    found = interactions(study_of(space, entries, MIOU), entries, 0)
     assert max(found.pairs.values()) < 0.02
     # 1/4 of a coin's variance, 1/12 of the slope's.
     assert found.alone["pseudo_labels.policy"] == pytest.approx(0.75, abs=0.05)
     generator = np.random.default_rng(3)
-    noise = interactions(study_of(space, scored(200, space, lambda _: generator.normal()), MIOU), 0)
+    entries = scored(200, space, lambda _: generator.normal())
+    noise = interactions(study_of(space, entries, MIOU), entries, 0)
     assert noise.predicted is not None
     assert noise.predicted < 0.1
 
@@ -374,9 +375,18 @@ def test_settings_that_add_up_do_not_act_together_and_noise_is_not_predicted() -
 )
 def test_where_pairs_cannot_be_told_a_sentence_says_why(count: int, said: dict, score, sentence: str) -> None:
     space = space_of(said)
-    found = interactions(study_of(space, scored(count, space, score), MIOU), 0)
+    entries = scored(count, space, score)
+    found = interactions(study_of(space, entries, MIOU), entries, 0)
     assert found.pairs == {}
     assert sentence in (found.note or "")
+
+
+def test_pairs_of_settings_that_changed_on_the_way_are_not_told() -> None:
+    space = space_of(PLAIN)
+    entries = scored(PAIRED, space, lambda v: v["losses.cam_to_seg"])
+    copied = replace(entries[3], lineage=({"step": 100, "donor": 1, "values": {}},))
+    entries = [*entries[:3], copied, *entries[4:]]
+    assert "settings changed" in (interactions(study_of(space, entries, MIOU), entries, 0).note or "")
 
 
 class Recorder:
