@@ -25,7 +25,7 @@ METHOD = (
 FEWEST = 16  # configurations; below, pairs are noise
 JUDGED = 500  # configurations, drawn at random where there are more: trees grow with them, and seconds with trees
 MOST = 8  # settings that are paired, those that explain most by themselves
-STEPS = 9  # places of a range that are looked at
+_STEPS = 9  # places of a range that are looked at
 _SPREAD, _DRAWN = 4096, 256  # settings that the whole variance, and a mean over the others, are taken over
 _TREES = 128
 
@@ -34,8 +34,8 @@ _TREES = 128
 class Interactions:
     """What settings explain of one metric, alone and in pairs, as shares of a forest's variance (see METHOD).
 
-    `pairs` has the strongest first. `surface`: the predicted score over the strongest pair's heights, (rows: the
-    first setting's `places`, columns: the second's). `note` says why there is nothing.
+    `pairs` has the strongest first. `surface`: the predicted score over the strongest pair, at the middles of equal
+    parts of their heights (rows: the first setting, columns: the second). `note` says why there is nothing.
     """
 
     predicted: float | None = None
@@ -43,7 +43,6 @@ class Interactions:
     alone: dict[str, float] = field(default_factory=dict)
     pairs: dict[tuple[str, str], float] = field(default_factory=dict)
     surface: tuple[tuple[float, ...], ...] = ()
-    places: tuple[tuple[float, ...], tuple[float, ...]] = ((), ())
     note: str | None = None
 
     def said(self) -> dict[str, Any]:
@@ -107,14 +106,12 @@ def interactions(study: Study, entries: Sequence[Entry], index: int) -> Interact
         shares[first, second] = float(beyond.var()) / whole
         surfaces[first, second] = surface
     ordered = sorted(shares, key=lambda pair: -shares[pair])
-    strongest = ordered[0]
     return Interactions(
         predicted,
         len(trials),
         {names[setting]: float(alone[setting].var()) / whole for setting in most},
         {(names[first], names[second]): shares[first, second] for first, second in ordered},
-        tuple(tuple(row) for row in surfaces[strongest].tolist()),
-        (tuple(places[strongest[0]]), tuple(places[strongest[1]])),
+        tuple(tuple(row) for row in surfaces[ordered[0]].tolist()),
     )
 
 
@@ -143,7 +140,7 @@ def _forest(
 
 def _places(distribution: Any) -> list[float]:
     """Heights of a setting that are looked at: all choices, or the middles of equal parts of its range."""
-    count = len(distribution.choices) if hasattr(distribution, "choices") else STEPS
+    count = len(distribution.choices) if hasattr(distribution, "choices") else _STEPS
     return [(place + 0.5) / count for place in range(count)]
 
 
