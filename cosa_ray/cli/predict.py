@@ -36,6 +36,9 @@ def predict(
     labels_given: Annotated[
         bool, typer.Option("--labels-given", help="Restrict the masks to the dataset's image-level labels.")
     ] = False,
+    presence: Annotated[
+        float, typer.Option(help="Leave out classes that the model's classifier gives less than this probability.")
+    ] = 0.0,
     network: Network = None,
     protocol: Protocol = None,
     overlays: Overlays = True,
@@ -61,6 +64,7 @@ def predict(
         split=split,
         labels=labels,
         labels_given=labels_given,
+        presence=presence,
         network=network,
         protocol=protocol,
         overlays=overlays,

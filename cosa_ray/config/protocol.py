@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -13,7 +13,7 @@ from cosa_ray.config.schema import Config, Count, NonNegative, OpenFraction, Pos
 from cosa_ray.errors import UserError
 
 NetworkName = Literal["assignment", "online"]
-LabelUse = Literal["none", "given"]
+LabelUse = Literal["none", "given", "predicted"]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,60}")
 
 
@@ -51,8 +51,10 @@ class Protocol(Section):
     labels: tuple[LabelUse, ...] = Field(
         ("none", "given"),
         min_length=1,
-        description="none: plain; given: classes the image does not have are masked out, as in the paper's headline.",
+        description="none: plain; given: classes the image does not have are masked out, as in the paper's headline; "
+        "predicted: classes that the network's own classifier gives less than `presence` are.",
     )
+    presence: OpenFraction = Field(0.1, description="Probability below which `labels: predicted` masks a class out.")
     crf: Crf | None = Field(None, description="CRF afterwards, scored besides; null runs none.")
     cam_threshold: OpenFraction = Field(0.5, description="Fixed background threshold of cam_miou_at_*.")
     batch_size: Count = Field(8, description="Images a forward pass and worker; 1 unless resize is square.")
@@ -78,7 +80,11 @@ class Protocol(Section):
 def in_run_protocol(config: Config) -> Protocol:
     """The protocol of a run's own evaluations (`config.evaluation`), which has no name."""
     settings = config.evaluation
+    predicted: dict[str, Any] = {}
+    if settings.presence is not None:
+        predicted = {"labels": ("none", "given", "predicted"), "presence": settings.presence}
     return Protocol(
+        **predicted,
         subset=settings.subset,
         size=settings.size,
         scales=settings.scales,

@@ -179,6 +179,11 @@ class Evaluation(Section):
         False, description="Evaluate in a task of Ray's beside the workers, which needs room for one worker more."
     )
     cam_threshold: OpenFraction = Field(0.5, description="Fixed background threshold of cam_miou_at_*.")
+    presence: OpenFraction | None = Field(
+        None,
+        description="Also score segmentations without the classes that the classifier gives less than this probability "
+        "(miou_labels_predicted); null does not.",
+    )
     panel_images: CountOrZero = Field(6, description="Validation images drawn in the panel of every evaluation.")
 
 

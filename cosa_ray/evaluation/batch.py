@@ -69,6 +69,7 @@ class BatchPrediction:
     source: MaskSource = "segmentation"
     overlays: bool = True
     scores: bool = False
+    presence: float = 0.0
     dataset: str | None = None
     split: str | None = None
     device: str = "cpu"
@@ -170,6 +171,7 @@ class Predictor:
             wanted.source,
             wanted.device,
             autocast_dtype(self.trained.config, torch.device(wanted.device)),
+            wanted.presence,
         )
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:

@@ -37,7 +37,8 @@ class Segmenter:
     """Masks of one network of a trained model, at the pictures' own sizes, by the scales and sizes of a protocol.
 
     network: None is the one that was better when the checkpoint was written. source: the segmentation, or the CAMs
-    cut by the run's pseudo-label policy at its thresholds (labels are needed then).
+    cut by the run's pseudo-label policy at its thresholds (labels are needed then). presence: a segmentation leaves out
+    the classes that the network's classifier gives less than this probability.
     """
 
     trained: Trained
@@ -46,14 +47,15 @@ class Segmenter:
     source: MaskSource = "segmentation"
     device: torch.device | str = "cpu"
     autocast: torch.dtype | None = None
+    presence: float = 0.0
 
     def __call__(
         self, pictures: Sequence[Image.Image], labels: Sequence[np.ndarray | None], *, scores: bool = False
     ) -> list[Prediction]:
         """Masks of RGB pictures; labels: 0 or 1 by class (C,) where a picture's classes are known, else None.
 
-        Known labels restrict a segmentation to them and the background (the release's way). Raises ValueError for CAMs
-        without labels.
+        Known labels restrict a segmentation to them and the background (the release's way), and `presence` does not
+        count then. Raises ValueError for CAMs without labels.
         """
         resize = Resize(self.protocol.resize, self.protocol.size or self.trained.config.views.crop)
         sizes = [resize.of(picture.height, picture.width) for picture in pictures]
@@ -93,6 +95,8 @@ class Segmenter:
         for row, (size, known) in enumerate(zip(sizes, labels, strict=True)):
             present = None if known is None else torch.from_numpy(known).to(self.device)[None]
             if maps.seg is not None:
+                if present is None and self.presence > 0:
+                    present = maps.cls[row : row + 1].sigmoid() >= self.presence
                 shares = _shares(_resized(maps.seg[row : row + 1], size), present)
                 mask = shares[0].argmax(0)
             else:

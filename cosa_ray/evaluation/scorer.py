@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cosa_ray.config.protocol import NetworkName, Protocol
+from cosa_ray.config.protocol import LabelUse, NetworkName, Protocol
 from cosa_ray.config.schema import Config
 from cosa_ray.data.dataset import Split
 from cosa_ray.data.loader import EvaluationBatch, Resize, evaluation_batches
@@ -25,17 +25,18 @@ from cosa_ray.method.pseudo_labels import ABSENT, policy_labels
 
 
 class Variant(NamedTuple):
-    """A segmentation that is scored: which network's, with or without the image's labels, before or after the CRF."""
+    """A segmentation that is scored: which network's, restricted to which classes, before or after the CRF."""
 
     network: NetworkName
-    given: bool = False
+    labels: LabelUse = "none"
     crf: bool = False
 
     @property
     def name(self) -> str:
-        """Its metric's name: miou, then _online, _labels_given and _crf where they apply."""
+        """Its metric's name: miou, then _online, _labels_given or _labels_predicted, and _crf where they apply."""
         online = "_online" if self.network == "online" else ""
-        return f"miou{online}{'_labels_given' if self.given else ''}{'_crf' if self.crf else ''}"
+        labels = "" if self.labels == "none" else f"_labels_{self.labels}"
+        return f"miou{online}{labels}{'_crf' if self.crf else ''}"
 
 
 class CrfJob(NamedTuple):
@@ -86,9 +87,9 @@ class Scorer:
         self.networks: dict[NetworkName, Network] = {"assignment": assignment, "online": online}
         self.protocol, self.config, self.thresholds = protocol, config, thresholds
         self.segment, self.device, self.autocast = segment, torch.device(device), autocast
-        self.variants = [Variant(n, use == "given") for n in protocol.networks for use in protocol.labels]
+        self.variants = [Variant(n, use) for n in protocol.networks for use in protocol.labels]
         crf = protocol.crf if segment else None
-        self.refined = [Variant(n, use == "given", True) for n in crf.networks for use in crf.labels] if crf else []
+        self.refined = [Variant(n, use, True) for n in crf.networks for use in crf.labels] if crf else []
         self.fixed = f"cam_miou_at_{protocol.cam_threshold:g}"
         self.fixed_aux = f"cam_aux_miou_at_{protocol.cam_threshold:g}"
 
@@ -128,13 +129,13 @@ class Scorer:
             images = self.networks["assignment"].normalise(batch.images.to(self.device, non_blocking=True))
             segmented = self.protocol.networks if self.segment else ()
             maps = self._run("assignment", images, segment="assignment" in segmented)
-            logits = {"assignment": maps.seg} if "assignment" in segmented else {}
+            found = {"assignment": maps} if "assignment" in segmented else {}
             if "online" in segmented:
-                logits["online"] = self._run("online", images, segment=True).seg
+                found["online"] = self._run("online", images, segment=True)
             scored = torch.stack([maps.cls.cpu(), batch.labels.to(maps.cls.dtype)], 1)
             tally.class_scores |= dict(zip(places[done : done + len(scored)], scored, strict=True))
             done += len(scored)
-            for position, seen, jobs in self._own_size(tally, batch, images, maps, logits):
+            for position, seen, jobs in self._own_size(tally, batch, images, maps, found):
                 if tiles is not None and batch.index[position] in wanted:
                     tiles[batch.index[position]] = _tile(batch, position, seen)
                 for job in jobs:
@@ -157,7 +158,7 @@ class Scorer:
         batch: EvaluationBatch,
         images: Tensor,
         maps: Inference,
-        logits: Mapping[str, Tensor | None],
+        networks: Mapping[str, Inference],
     ) -> Iterator[tuple[int, _Seen, list[CrfJob]]]:
         """Count a batch at each image's own size: (position in the batch, what was found, CRF jobs) per image."""
         labels = batch.labels.to(self.device)
@@ -176,13 +177,16 @@ class Scorer:
             indices = [batch.index[position] for position in where]
             jobs: dict[int, list[CrfJob]] = defaultdict(list)
             plain: Tensor | None = None
-            for network, seg in logits.items():
-                assert seg is not None
-                whole = own(seg)
+            for network, inference in networks.items():
+                assert inference.seg is not None
+                whole = own(inference.seg)
+                present = {"given": labels, "predicted": inference.cls.sigmoid() >= self.protocol.presence}
                 for variant in self.variants:
                     if variant.network != network:
                         continue
-                    shown = whole.masked_fill(absent(labels[rows]), ABSENT) if variant.given else whole
+                    shown = whole
+                    if variant.labels != "none":
+                        shown = whole.masked_fill(absent(present[variant.labels][rows]), ABSENT)
                     found = shown.max(1).indices  # on the CPU several times faster than argmax
                     tally.add_prediction(variant.name, indices, truth, found)
                     plain = found if plain is None else plain

@@ -19,7 +19,7 @@ from cosa_ray.training.runs import Run
 log = logging.getLogger(__name__)
 POINTS = 240  # of a drawn curve; more are averaged in groups
 # Drawn beside the thresholds: what is optimised, and what a run is judged by. Metrics under a protocol have one point.
-_CURVES = re.compile(r"train/loss|[^/]+/(miou|miou_online|miou_labels_given|cam_miou_best|map)")
+_CURVES = re.compile(r"train/loss|[^/]+/(miou|miou_online|miou_labels_given|miou_labels_predicted|cam_miou_best|map)")
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,9 @@ def signature() -> ModelSignature:
                 ColSpec(DataType.long, "width"),
             ]
         ),
-        params=ParamSchema([ParamSpec("network", DataType.string, "better")]),
+        params=ParamSchema(
+            [ParamSpec("network", DataType.string, "better"), ParamSpec("presence", DataType.double, 0.0)]
+        ),
     )
 
 
@@ -72,15 +74,19 @@ class MaskModel:
         self.device = device
 
     def predict(self, model_input: pd.DataFrame, params: Mapping[str, Any] | None = None) -> pd.DataFrame:
-        """See `signature`; `params["network"]`: better (when the checkpoint was written), assignment or online.
+        """See `signature`; `params["network"]`: better (when the checkpoint was written), assignment or online;
+        `params["presence"]`: leave out classes that the classifier gives less than this probability.
 
-        Raises ValueError for a picture that cannot be decoded, an unknown class or network.
+        Raises ValueError for a picture that cannot be decoded, an unknown class or network, and no probability.
         """
         import pandas as pd
 
         network = self._network((params or {}).get("network", "better"))
+        presence = (params or {}).get("presence", 0.0)
+        if not 0 <= presence < 1:
+            raise ValueError(f"params.presence is {presence}; use a probability from 0 to below 1")
         autocast = autocast_dtype(self.trained.config, self.device)
-        segment = Segmenter(self.trained, self.protocol, network, "segmentation", self.device, autocast)
+        segment = Segmenter(self.trained, self.protocol, network, "segmentation", self.device, autocast, presence)
         pictures = [self._picture(row, data) for row, data in enumerate(model_input["image"])]
         named = model_input["labels"] if "labels" in model_input else [None] * len(pictures)
         found = segment(pictures, [self._labels(names) for names in named])

@@ -137,7 +137,7 @@ def draw_images(found: Run, report: Report, ids: Sequence[str], metric: str) -> 
         report.protocol
         | {
             "networks": ["online" if metric.startswith("miou_online") else "assignment"],
-            "labels": ["given" if "labels_given" in metric else "none"],
+            "labels": [next((use for use in ("given", "predicted") if f"labels_{use}" in metric), "none")],
             "crf": None,
         }
     )

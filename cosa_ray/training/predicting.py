@@ -38,6 +38,7 @@ class PredictResult:
     model: str
     network: str
     protocol: dict[str, Any]
+    presence: float
     images: int
     skipped: list[tuple[str, str]]
     archive: str | None = None
@@ -61,6 +62,7 @@ def predict(
     source: MaskSource = "segmentation",
     overlays: bool = True,
     scores: bool = False,
+    presence: float = 0.0,
     voc_test: bool = False,
     which: str = "best",
     storage: str = "runs",
@@ -73,9 +75,10 @@ def predict(
     model: a run, a checkpoint's folder, or `models:/name@alias`. images: files, folders and URIs; or `split` of
     `dataset`. labels: a CSV or JSON file of the pictures' classes; labels_given: the dataset's own; both restrict the
     masks. network: None is the better one. protocol: scales, sizes; None is the run's own. source: the segmentation,
-    or the CAMs by the run's pseudo-label policy. voc_test: also the archive that the VOC test server takes. show is
-    told how many pictures are done, of how many, how many were skipped. Raises UserError before anything is written;
-    RunFailed when no picture could be predicted.
+    or the CAMs by the run's pseudo-label policy. presence: where a picture's classes are not known, those that the
+    network's classifier gives less than this probability are left out. voc_test: also the archive that the VOC test
+    server takes. show is told how many pictures are done, of how many, how many were skipped. Raises UserError before
+    anything is written; RunFailed when no picture could be predicted.
     """
     reference = find_model(model, which=which, storage=storage)
     with reference.open() as folder:
@@ -90,6 +93,8 @@ def predict(
             f"{model} is at step {described.step}, before its decoder is trained ({config.training.warmup_iters} steps "
             "of warm-up): it has CAMs only; ask for pseudo-labels --source cam."
         )
+    if not 0 <= presence < 1:
+        raise UserError(f"--presence {presence:g}: give a probability from 0, which leaves out no class, to below 1.")
     if voc_test and tuple(described.classes) != VOC_CLASSES:
         raise UserError(
             f"--voc-test needs the 20 classes of PASCAL VOC, and {model} has {len(described.classes)} others."
@@ -112,6 +117,7 @@ def predict(
         source=source,
         overlays=overlays,
         scores=scores,
+        presence=presence,
         dataset=_absolute(dataset),
         split=split,
     )
@@ -123,7 +129,13 @@ def predict(
         )
     used = network or described.better_network
     result = PredictResult(
-        wanted.out, reference.uri, used, chosen.model_dump(mode="json"), len(outcomes) - len(skipped), skipped
+        out=wanted.out,
+        model=reference.uri,
+        network=used,
+        protocol=chosen.model_dump(mode="json"),
+        presence=presence,
+        images=len(outcomes) - len(skipped),
+        skipped=skipped,
     )
     classes = {
         o.name: {"classes": list(o.classes), "height": o.height, "width": o.width} for o in outcomes if not o.reason

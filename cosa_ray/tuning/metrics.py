@@ -26,8 +26,16 @@ _CAMS = (
     "images",
 )
 _SEGMENTATION = ("miou", "miou_online", "miou_labels_given", "miou_online_labels_given", "pixel_accuracy")
+_PREDICTED = ("miou_labels_predicted", "miou_online_labels_predicted")
 # Settings that a metric's name, or whether there is one, depends on.
-_NAMING = ("evaluation.subset", "evaluation.cam_threshold", "data.val_split", "training.steps", "training.warmup_iters")
+_NAMING = (
+    "evaluation.subset",
+    "evaluation.cam_threshold",
+    "evaluation.presence",
+    "data.val_split",
+    "training.steps",
+    "training.warmup_iters",
+)
 
 
 def reported(config: Config, classes: Sequence[str], images: int) -> list[str]:
@@ -35,7 +43,13 @@ def reported(config: Config, classes: Sequence[str], images: int) -> list[str]:
     fixed = f"miou_at_{config.evaluation.cam_threshold:g}"
     names = [*_CAMS, f"cam_{fixed}", f"cam_aux_{fixed}"]
     if config.training.warmup_iters < config.training.steps:
-        names = [*_SEGMENTATION, *names, *(f"iou/{name}" for name in tracked_names(("background", *classes)))]
+        predicted = [] if config.evaluation.presence is None else _PREDICTED
+        names = [
+            *_SEGMENTATION,
+            *predicted,
+            *names,
+            *(f"iou/{name}" for name in tracked_names(("background", *classes))),
+        ]
     prefix = metric_prefix(config, images)
     cost = f"cost/{'gpu' if config.resources.gpus_per_worker else 'cpu'}_hours"
     return [*(f"{prefix}/{name}" for name in names), "train/loss", cost]

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,23 +37,36 @@ from tests.unit.tiny_sets import photo, voc_folder
 
 def by_hand(run: Path, picture: Image.Image, network: str = "assignment") -> np.ndarray:
     """Segmentation logits (K, H, W) of one picture: the run's single scale with flip, nothing shared with the code."""
+    return maps_by_hand(run, picture, network)[0]
+
+
+def maps_by_hand(run: Path, picture: Image.Image, network: str = "assignment") -> tuple[np.ndarray, np.ndarray]:
+    """(segmentation logits (K, H, W), probabilities of the classes (C,)) of one picture."""
     import torch.nn.functional as F
 
-    found = find_run(str(run))
-    trained = load_trained(run / found.best().name)
+    trained = load_trained(run / find_run(str(run)).best().name)
     net = trained.online if network == "online" else trained.assignment
     side = trained.config.views.crop
     pixels = np.asarray(picture.convert("RGB").resize((side, side), Image.Resampling.BILINEAR))
     image = net.normalise(torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None])
-    total = torch.zeros(1)
+    total, logits = torch.zeros(1), []
     with torch.no_grad():
         assert tuple(trained.config.evaluation.scales) == (1.0,)
         for flip in (False, True) if trained.config.evaluation.flip else (False,):
-            seg = net(image.flip(-1) if flip else image).seg
+            found = net(image.flip(-1) if flip else image)
+            logits.append(found.cls[0].numpy())
+            seg = found.seg
             seg = F.interpolate(seg.flip(-1) if flip else seg, size=(side, side), mode="bilinear", align_corners=False)
             total = total + seg
     size = (picture.height, picture.width)
-    return F.interpolate(total, size=size, mode="bilinear", align_corners=False)[0].numpy()
+    whole = F.interpolate(total, size=size, mode="bilinear", align_corners=False)[0].numpy()
+    return whole, 1 / (1 + np.exp(-np.mean(logits, 0)))
+
+
+def restricted(logits: np.ndarray, classes: Sequence[int]) -> np.ndarray:
+    """The mask (H, W) of logits (K, H, W) of which only the background and some classes (from 0) count."""
+    kept = [0, *(index + 1 for index in classes)]
+    return np.array(kept)[logits[kept].argmax(0)]
 
 
 def test_masks_are_the_networks_argmax_at_the_pictures_own_size(
@@ -141,6 +154,7 @@ def test_nothing_is_overwritten_and_mistakes_are_found_first(trained_run: Path, 
         ({"dataset": "nowhere"}, "one of the two"),
         ({"labels_given": True}, "--labels FILE"),
         ({"voc_test": True}, "20 classes"),
+        ({"presence": 1.0}, "--presence 1: give a probability"),
         ({"protocol": "none"}, "single_scale"),
         ({"source": "cam"}, "classes"),
         ({"labels": str(pictures / "notes.txt")}, "notes.txt"),
@@ -161,14 +175,36 @@ def test_labels_restrict_the_mask(trained_run: Path, pictures: Path, tmp_path: P
     file.write_text(f"image,labels\na.jpg,{names[2]}\nb.png,{names[0]};{names[4]}\n")
     images = [str(pictures / "a.jpg"), str(pictures / "b.png")]
     predict(str(trained_run), images, out=str(tmp_path / "out"), labels=str(file), local=True)
-    for name, ending, allowed in (("a", "jpg", [0, 3]), ("b", "png", [0, 1, 5])):
+    for name, ending, allowed in (("a", "jpg", [2]), ("b", "png", [0, 4])):
         values = np.asarray(Image.open(tmp_path / "out" / "masks" / f"{name}.png"))
         logits = by_hand(trained_run, Image.open(pictures / f"{name}.{ending}"))
-        logits[[k for k in range(len(logits)) if k not in allowed]] = -1e5
-        assert (values == logits.argmax(0)).mean() > 0.999
+        assert (values == restricted(logits, allowed)).mean() > 0.999
     file.write_text("image,labels\na.jpg,unicorn\nb.png,unicorn\n")
     with pytest.raises(UserError, match="unicorn"):
         predict(str(trained_run), images, out=str(tmp_path / "x"), labels=str(file), local=True)
+
+
+def test_classes_that_the_classifier_does_not_see_are_left_out(
+    trained_run: Path, pictures: Path, tmp_path: Path
+) -> None:
+    logits, shares = maps_by_hand(trained_run, Image.open(pictures / "a.jpg"))
+    shown = np.unique(logits.argmax(0)[logits.argmax(0) > 0]) - 1
+    presence = float(shares[shown].min()) + 1e-3  # so that a class of the plain mask goes
+    seen = np.flatnonzero(shares >= presence).tolist()
+    assert len(seen) < len(shares)
+    given = {"network": "assignment", "overlays": False, "local": True, "presence": presence}
+    predict(str(trained_run), [str(pictures / "a.jpg")], out=str(tmp_path / "out"), **given)
+    values = np.asarray(Image.open(tmp_path / "out" / "masks" / "a.png"))
+    assert (values == restricted(logits, seen)).mean() > 0.999
+    assert (values != logits.argmax(0)).any()
+    assert json.loads((tmp_path / "out" / "predictions.json").read_text())["presence"] == presence
+    # Classes that are known count instead.
+    file = tmp_path / "labels.json"
+    names = open_dataset(find_run(str(trained_run)).config().data.dataset).classes
+    file.write_text(json.dumps({"a.jpg": [names[shown[0]]]}))
+    predict(str(trained_run), [str(pictures / "a.jpg")], out=str(tmp_path / "known"), labels=str(file), **given)
+    values = np.asarray(Image.open(tmp_path / "known" / "masks" / "a.png"))
+    assert (values == restricted(logits, [shown[0]])).mean() > 0.999
 
 
 def test_pseudo_labels_of_a_split_from_both_sources(trained_run: Path, tmp_path: Path) -> None:
@@ -335,6 +371,8 @@ def test_a_registered_model_is_loaded_without_ray_and_without_pickle(
         f"model = mlflow.pyfunc.load_model({registered.uri!r})\n"
         f"data = [open(path, 'rb').read() for path in {[str(pictures / 'a.jpg'), str(pictures / 'b.png')]!r}]\n"
         "found = model.predict(pd.DataFrame({'image': data}), params={'network': 'assignment'})\n"
+        "seen = model.predict(pd.DataFrame({'image': data}), params={'network': 'assignment', 'presence': 0.999})\n"
+        "assert seen['classes'].tolist() == [[], []]\n"
         "import cosa_ray, sys\n"
         "assert 'ray' not in sys.modules\n"
         "print(json.dumps({'masks': [base64.b64encode(m).decode() for m in found['mask']],\n"

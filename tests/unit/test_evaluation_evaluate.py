@@ -101,6 +101,7 @@ def networks() -> tuple[Network, Network]:
 
 
 THRESHOLDS = {"background": 0.4, "background_aux": 0.3}
+PRESENCE = 0.5
 
 
 def run(split: Split, settings: Config, pair: tuple[Network, Network] | None = None, **given) -> EvaluationResult:
@@ -121,7 +122,7 @@ def miou(truths: list[np.ndarray], predictions: list[np.ndarray]) -> float:
 def by_hand(split: Split) -> dict[str, float]:
     """Every metric from one image at a time: single scale with flip, nothing shared with the code under test."""
     online, assignment = networks()
-    truths, plain, ons, given, logits = [], [], [], [], []
+    truths, plain, ons, given, predicted, ons_predicted, logits = [], [], [], [], [], [], []
     cams: list[torch.Tensor] = []
     auxes: list[torch.Tensor] = []
     for number in range(len(split)):
@@ -138,10 +139,14 @@ def by_hand(split: Split) -> dict[str, float]:
 
         with torch.no_grad():
             straight, flipped = assignment(image), assignment(image.flip(-1))
-            on = [online(view).seg for view in (image, image.flip(-1))]
+            on = [online(view) for view in (image, image.flip(-1))]
         seg = up(straight.seg + flipped.seg.flip(-1))[0]
         plain.append(seg.argmax(0).numpy())
-        ons.append(up(on[0] + on[1].flip(-1))[0].argmax(0).numpy())
+        on_seg = up(on[0].seg + on[1].seg.flip(-1))[0]
+        ons.append(on_seg.argmax(0).numpy())
+        for kept, whole, passes in ((predicted, seg, (straight, flipped)), (ons_predicted, on_seg, on)):
+            unlikely = 1 / (1 + torch.exp(-(passes[0].cls + passes[1].cls)[0] / 2)) < PRESENCE
+            kept.append(torch.cat([whole[:1], whole[1:] - 1e5 * unlikely[:, None, None]]).argmax(0).numpy())
         seg[1:][torch.from_numpy(sample.labels) == 0] = -1e5
         given.append(seg.argmax(0).numpy())
         logits.append(((straight.cls + flipped.cls) / 2)[0].numpy())
@@ -164,6 +169,8 @@ def by_hand(split: Split) -> dict[str, float]:
         "val/miou": miou(truths, plain),
         "val/miou_online": miou(truths, ons),
         "val/miou_labels_given": miou(truths, given),
+        "val/miou_labels_predicted": miou(truths, predicted),
+        "val/miou_online_labels_predicted": miou(truths, ons_predicted),
         "val/cam_miou_at_0.5": at(cams, 0.5),
         "val/cam_miou_best": max(at(cams, t) for t in grid),
         "val/cam_aux_miou_best": max(at(auxes, t) for t in grid),
@@ -206,11 +213,11 @@ def test_what_is_made_of_context(tmp_path) -> None:
 
 
 def test_metrics_equal_a_loop_over_single_images(split) -> None:
-    settings = config(model={"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]})
+    settings = config(model={"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}, evaluation={"presence": PRESENCE})
     found = run(split, settings).metrics
     expected = by_hand(split)
     assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-3)
-    assert len({round(expected[name], 3) for name in expected}) >= 7, "the metrics must differ to tell them apart"
+    assert len({round(expected[name], 3) for name in expected}) >= 9, "the metrics must differ to tell them apart"
     assert found["val/pseudo_coverage"] == 1
     assert found["val/iou/background"] >= 0
     assert "val/iou/tv_monitor" not in found, "a class without pixels has no IoU"

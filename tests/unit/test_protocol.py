@@ -69,17 +69,24 @@ def test_names_say_the_protocol() -> None:
     assert protocol_prefix(Protocol(name="release", subset=3), "val", 10) == "val_subset_3/release"
     assert protocol_prefix(Protocol(), "a/b", 10) == "a_b"
     names = [
-        Variant(network, given, crf).name for network in ("assignment", "online") for given in (0, 1) for crf in (0, 1)
+        Variant(network, labels, crf).name
+        for network in ("assignment", "online")
+        for labels in ("none", "given", "predicted")
+        for crf in (False, True)
     ]
     assert names == [
         "miou",
         "miou_crf",
         "miou_labels_given",
         "miou_labels_given_crf",
+        "miou_labels_predicted",
+        "miou_labels_predicted_crf",
         "miou_online",
         "miou_online_crf",
         "miou_online_labels_given",
         "miou_online_labels_given_crf",
+        "miou_online_labels_predicted",
+        "miou_online_labels_predicted_crf",
     ]
 
 

@@ -81,7 +81,11 @@ def test_the_metrics_a_run_reports_are_those_evaluation_finds(tiny: Make) -> Non
     from cosa_ray.evaluation.evaluate import evaluate
     from cosa_ray.training.state import TrainState
 
-    for config in (tiny(), tiny(evaluation__cam_threshold=0.25, evaluation__subset=4), tiny(training__warmup_iters=20)):
+    for config in (
+        tiny(),
+        tiny(evaluation__cam_threshold=0.25, evaluation__subset=4, evaluation__presence=0.2),
+        tiny(training__warmup_iters=20),
+    ):
         dataset = open_dataset(config.data.dataset)
         state = TrainState(config, dataset.num_classes, torch.device("cpu"))
         split = dataset.split("val")
