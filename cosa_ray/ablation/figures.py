@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from cosa_ray.tuning.figures import BLUE, GREY, RED, panels_of
+from cosa_ray.tuning.figures import BLUE, GREY, RED, legend, panels_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,6 +52,27 @@ def steps_figure(study: Study) -> Figure:
     return figure
 
 
+def during_figure(study: Study) -> Figure:
+    """Steps from the row each row follows, over training; full markers are beyond noise."""
+    figure, panels = panels_of(f"{study.name}: steps from the row it follows", len(study.during), 1, 3.2, width=9.5)
+    following = [
+        row.name for row in study.rows if any(row.name in at.steps for at in next(iter(study.during.values())))
+    ]
+    for (metric, points), axes in zip(study.during.items(), panels, strict=True):
+        axes.axhline(0, color=GREY, linewidth=0.8)
+        for number, name in enumerate(following):
+            there = [(at.step, at.steps[name]) for at in points if name in at.steps]
+            steps, means = [step for step, _ in there], [step.mean for _, step in there]
+            color = f"C{number % 10}"
+            axes.plot(steps, means, color=color, linewidth=1.2, marker="o", ms=5, mfc="white", label=name)
+            sure = [(at, step.mean) for at, step in there if step.within_noise is False]
+            axes.plot([at for at, _ in sure], [mean for _, mean in sure], "o", color=color, ms=5.5)
+        axes.set_ylabel(metric, fontsize=9)
+    panels[-1].set_xlabel("step (full markers: beyond noise)")
+    legend(figure, panels[0], columns=3)
+    return figure
+
+
 def courses_figure(study: Study, charts: Sequence[Chart], rows: Mapping[str, str]) -> Figure:
     """Metrics over the steps, the mean over a row's seeds; charts hold a line for every letter of `rows`."""
     figure, panels = panels_of(f"{study.name}: mean over seeds", len(charts), 1, 3.2, width=9.5, sharex=True)
@@ -64,6 +85,5 @@ def courses_figure(study: Study, charts: Sequence[Chart], rows: Mapping[str, str
                 axes.plot(steps, values, style, color=f"C{number % 10}", linewidth=1.4, marker=marker, ms=3, label=name)
         axes.set_ylabel(chart.metric, fontsize=9)
     panels[-1].set_xlabel("step")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8.5)
+    legend(figure, panels[0], columns=3)
     return figure

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import string
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cosa_ray.ablation.courses import Courses, During
 from cosa_ray.ablation.numbers import Step, Value, step_of, value_of
 from cosa_ray.ablation.plan import Ablation, Plan, WarmUp, plan_ablation
 from cosa_ray.ablation.table import markdown
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     from cosa_ray.reporting.evaluated import Evaluated
-    from cosa_ray.reporting.history import Chart
     from cosa_ray.training.session import Progress
     from cosa_ray.tuning.results import SweepResult
     from cosa_ray.tuning.watch import SweepProgress
@@ -70,7 +69,10 @@ class RowResult:
 
 @dataclass(frozen=True)
 class Study:
-    """What a study came to: finished, or stopped before all runs had ended. headline: the metric of the table."""
+    """What a study came to: finished, or stopped before all runs had ended.
+
+    headline: the metric of the table. during: by metric, values and steps at the evaluations on the way.
+    """
 
     name: str
     folder: str
@@ -79,6 +81,7 @@ class Study:
     seeds: list[int]
     rows: list[RowResult] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
+    during: dict[str, list[During]] = field(default_factory=dict)
     parent_run_id: str | None = None
     tracking_uri: str | None = None
 
@@ -138,47 +141,30 @@ def run_ablation(
             return Study(name, result.folder, "stopped", result.metric, [])
         evaluated = _evaluate(result, protocol, read, track, displays, say)
     study = sum_up(ablation, plan, result, evaluated)
+    courses = Courses(study, result.folder.rpartition("/")[0])
+    study = replace(study, during=courses.during())
     with tempfile.TemporaryDirectory(prefix="cosa-ray-ablation-") as local:
-        _write(Path(local), study, result.folder.rpartition("/")[0])
+        _write(Path(local), study, courses)
         RunFolder(result.folder).put(Path(local), PLACE)
         _log(plan.base, study, Path(local))
     return study
 
 
-def _write(folder: Path, study: Study, storage: str) -> None:
+def _write(folder: Path, study: Study, courses: Courses) -> None:
     """Tables and figures of a study into a local folder; a figure that cannot be drawn costs a warning."""
-    from cosa_ray.ablation.figures import courses_figure, steps_figure
+    from cosa_ray.ablation.figures import courses_figure, during_figure, steps_figure
 
     (folder / RESULT_FILE).write_text(json.dumps(study.as_json(), indent=1), encoding="utf-8")
     (folder / TABLE_FILE).write_text(markdown(study), encoding="utf-8")
     try:
         steps_figure(study).savefig(folder / "steps.png")
-        charts, rows = _courses(study, storage)
+        charts = courses.charts()
         if charts:
-            courses_figure(study, charts, rows).savefig(folder / "courses.png")
+            courses_figure(study, charts, courses.names).savefig(folder / "courses.png")
+        if study.during:
+            during_figure(study).savefig(folder / "during.png")
     except Exception as error:
         log.warning("study %s lacks a figure: %s", study.name, error)
-
-
-def _courses(study: Study, storage: str) -> tuple[list[Chart], dict[str, str]]:
-    """Headline, thresholds and what is shown beside them over the steps, and the rows' names by their letter there."""
-    from cosa_ray.ablation.figures import metrics_shown
-    from cosa_ray.reporting.history import Histories
-    from cosa_ray.reporting.subjects import Side
-    from cosa_ray.training.runs import find_run
-
-    sides = []
-    for letter, row in zip(string.ascii_letters, [row for row in study.rows if row.metrics], strict=False):
-        runs = tuple(find_run(row.runs[seed], storage) for seed in row.metrics[study.headline].by_seed)
-        sides.append(Side(letter, row.name, "seeds", runs))
-    wanted = [*metrics_shown(study), *(f"threshold/{name}" for name in ("background", "low", "high"))]
-    charts = {chart.metric: chart for chart in Histories().charts(sides, wanted) if _moves(chart)}
-    return [charts[name] for name in wanted if name in charts], {side.letter: side.name for side in sides}
-
-
-def _moves(chart: Chart) -> bool:
-    """Whether there is anything to see: a threshold that no row moves is a straight line."""
-    return len({value for line in chart.lines.values() for _, value in line}) > 1
 
 
 def _log(base: Config, study: Study, folder: Path) -> None:
@@ -294,8 +280,8 @@ def sum_up(ablation: Ablation, plan: Plan, result: SweepResult, evaluated: Mappi
         seeds,
         rows,
         failed,
-        result.parent_run_id,
-        result.tracking_uri,
+        parent_run_id=result.parent_run_id,
+        tracking_uri=result.tracking_uri,
     )
 
 

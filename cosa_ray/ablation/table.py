@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from cosa_ray.ablation.numbers import Step
     from cosa_ray.ablation.study import RowResult, Study
 
 COLUMNS = ["row", "mean ± deviation", "by seed", "step from", "step", "95 % interval", "verdict"]
@@ -25,8 +26,23 @@ def markdown(study: Study) -> str:
     parts += [f"Without a result: {failure}\n" for failure in study.failed]
     for name in names:
         lines = [COLUMNS, ["---"] * len(COLUMNS), *table_rows(study, name)]
-        parts.append(f"## {name}\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n")
+        parts.append(f"## {name}\n\n" + _table(lines))
+    for name, points in study.during.items():
+        lines = [["row (the one it follows)", *(str(at.step) for at in points)], ["---"] * (len(points) + 1)]
+        for row in study.rows:
+            cells = [_cell(at.steps[row.name]) if row.name in at.steps else "-" for at in points]
+            if any(cell != "-" for cell in cells):
+                lines.append([f"{row.name} ({row.after})", *cells])
+        parts.append(f"## {name} over training (bold: beyond noise)\n\n" + _table(lines))
     return "\n".join(parts)
+
+
+def _table(lines: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+
+
+def _cell(step: Step) -> str:
+    return f"**{step.mean:+.4f}**" if step.within_noise is False else f"{step.mean:+.4f}"
 
 
 def _line(row: RowResult, metric: str) -> list[str]:

@@ -67,13 +67,17 @@ class Histories:
         for name in usual if names is None else names:
             lines, averaged = {}, 1
             for side, runs in zip(sides, tracked, strict=True):
-                line = _mean([self._points(run, name) for run in runs])
+                line = _mean([_points(run, name) for run in runs])
                 if line:
                     averaged = max(averaged, -(-len(line) // POINTS))
                     lines[side.letter] = _thinned(line)
             if any(len(line) > 1 for line in lines.values()):
                 charts.append(Chart(name, lines, averaged))
         return charts
+
+    def points(self, run: Run, name: str) -> list[tuple[int, float]]:
+        """A run's metric over its steps; empty where its store does not have it."""
+        return _points(self.of(run), name)
 
     def _read(self, run: Run) -> Tracked:
         if run.record.tracking_uri is None:
@@ -110,17 +114,18 @@ class Histories:
         points = {each.key: (each.step, each.value) for each in found.to_proto().data.metrics}
         return Tracked(run_id, wall, {k: p for k, p in points.items() if math.isfinite(p[1])}, client)
 
-    def _points(self, tracked: Tracked, name: str) -> list[tuple[int, float]]:
-        if name not in tracked.points:
-            return []
-        points = tracked.client.get_metric_history(tracked.run_id, name)
-        # A step that was logged again counts as it was logged last.
-        last = {point.step: point.value for point in sorted(points, key=lambda point: (point.step, point.timestamp))}
-        return [(step, value) for step, value in last.items() if math.isfinite(value)]
-
     def _note(self, uri: str, what: str) -> None:
         self._away.add(uri)
         self.notes.append(f"Wall times and curves are left out: {what}.")
+
+
+def _points(tracked: Tracked, name: str) -> list[tuple[int, float]]:
+    if name not in tracked.points:
+        return []
+    points = tracked.client.get_metric_history(tracked.run_id, name)
+    # A step that was logged again counts as it was logged last.
+    last = {point.step: point.value for point in sorted(points, key=lambda point: (point.step, point.timestamp))}
+    return [(step, value) for step, value in last.items() if math.isfinite(value)]
 
 
 def _mean(runs: Sequence[list[tuple[int, float]]]) -> list[tuple[int, float]]:

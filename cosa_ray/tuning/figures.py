@@ -239,10 +239,10 @@ def panels_of(
     return figure, panels
 
 
-def legend(figure: Figure, axes: Axes) -> None:
+def legend(figure: Figure, axes: Axes, columns: int = 4) -> None:
     """One legend below everything drawn."""
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
 
 
 def key(figure: Figure, *, dots: bool = False, **shown: bool) -> None:

@@ -52,10 +52,21 @@ def test_a_study(ray_cluster: str, tiny: Make) -> None:
             expected = row.metrics["val/miou"].by_seed[seed] - above.metrics["val/miou"].by_seed[seed]
             assert step.by_seed[seed] == pytest.approx(expected)
         assert step.over == "2 seeds and 11 images"
-    folder = Path(study.folder) / "ablation"
-    files = {"ablation.json", "ablation.md", "steps.png", "courses.png"}
-    assert {path.name for path in folder.iterdir()} == files
+    # On the way, as MLflow has it; at the end the same as the evaluation afterwards.
     client = MlflowClient(base.tracking.uri)
+    points = study.during["val/miou"]
+    assert [at.step for at in points] == [10, 20]
+    for row in study.rows:
+        for seed in (0, 1):
+            run_id = find_run(row.runs[seed], base.storage).record.mlflow_run_id
+            logged = {each.step: each.value for each in client.get_metric_history(run_id, "val/miou")}
+            for at in points:
+                assert at.values[row.name].by_seed[seed] == logged[at.step]
+        if row.after is not None:
+            assert points[-1].steps[row.name].mean == pytest.approx(row.steps["val/miou"].mean, abs=1e-6)
+    folder = Path(study.folder) / "ablation"
+    files = {"ablation.json", "ablation.md", "steps.png", "courses.png", "during.png"}
+    assert {path.name for path in folder.iterdir()} == files
     assert {Path(each.path).name for each in client.list_artifacts(study.parent_run_id, "ablation")} == files
     assert json.loads((folder / "ablation.json").read_text())["rows"][2]["sets"] == ROWS[2]["set"]
     assert "## val/miou" in (folder / "ablation.md").read_text()

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy.stats import ttest_rel
 
-from cosa_ray.ablation.figures import courses_figure, metrics_shown, steps_figure
+from cosa_ray.ablation.courses import During
+from cosa_ray.ablation.figures import courses_figure, during_figure, metrics_shown, steps_figure
 from cosa_ray.ablation.numbers import interval_over_both, step_of, value_of
 from cosa_ray.ablation.plan import load_ablation, plan_ablation
 from cosa_ray.ablation.study import RowResult, Study
@@ -212,6 +214,22 @@ def test_figures_show_every_seed_and_which_steps_are_beyond_noise(tmp_path: Path
     assert [line.get_color() for line in bars] == [RED]  # 0.1 on every seed is beyond noise
     assert tuple(bars[0].get_xdata()) == step.interval
     figure.savefig(tmp_path / "steps.png")
+
+    # On the way: nothing of the step at 10, all of it at 20.
+    noisy = step_of(low, {seed: 0.5 + 0.02 * (-1) ** seed for seed in seeds})
+    assert noisy is not None
+    values_at = {"base": values[0], "+ term": values[1]}
+    study = replace(
+        study, during={"val/miou": [During(10, values_at, {"+ term": noisy}), During(20, values_at, {"+ term": step})]}
+    )
+    (axes,) = during_figure(study).axes
+    _, line, sure = axes.lines
+    assert list(line.get_xdata()) == [10, 20]
+    assert list(line.get_ydata()) == [noisy.mean, step.mean]
+    assert (list(sure.get_xdata()), list(sure.get_ydata())) == ([20], [step.mean])
+    over = markdown(study).partition("## val/miou over training")[2]
+    assert f"| + term (base) | {noisy.mean:+.4f} | **{step.mean:+.4f}** |" in over
+    assert "| row (the one it follows) | 10 | 20 |" in over
 
     charts = [Chart("val/miou", {"a": [(1, 0.1), (2, 0.2)], "b": [(2, 0.3)]}, 1)]
     figure = courses_figure(study, charts, {"a": "base", "b": "+ term"})
