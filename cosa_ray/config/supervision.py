@@ -123,6 +123,11 @@ class Contrastive(Section):
         "cam", description="Vectors compared: ON's final CAM logits or its features."
     )
     temperature: Positive = Field(0.5, description="InfoNCE temperature.")
+    fade: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None,
+        description="Share of co-training over which losses.contrastive falls to 0, linearly; null keeps it to the end "
+        "(ours).",
+    )
     max_perplexity: Positive = Field(1.0, description="epsilon: only pixels whose perplexity is below take part.")
     pixels: Annotated[int, Field(ge=2)] = Field(
         256, description="Pixels sampled per image, balanced over the labels present."

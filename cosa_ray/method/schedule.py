@@ -1,10 +1,10 @@
-"""Learning rate and phases of a run as pure functions of the step."""
+"""Learning rate, phases and the weight of CSC over a run, as pure functions of the step."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-from cosa_ray.config.schema import Optimiser, Training
+from cosa_ray.config.schema import Config, Optimiser, Training
 
 Phase = Literal["warmup", "filling", "cotraining"]
 
@@ -28,7 +28,25 @@ def phase(training: Training, step: int, ring_batches: int) -> Phase:
     follows). "cotraining": all losses, from step `warmup_iters` on; the release's option `decoder_in_warmup` counts
     that step as warm-up too.
     """
-    start = training.warmup_iters + (1 if training.decoder_in_warmup else 0)
+    start = _cotraining_from(training)
     if step >= start:
         return "cotraining"
     return "filling" if start - ring_batches <= step and start < training.steps else "warmup"
+
+
+def contrastive_weight(config: Config, step: int) -> float:
+    """Weight of contrastive separation at co-training step `step` (0-based, of the run): constant, or fading (ours).
+
+    With `contrastive.fade` it falls linearly from `losses.contrastive` at the first step of co-training to 0 after that
+    share of it.
+    """
+    weight, fade = config.losses.contrastive, config.contrastive.fade
+    if fade is None:
+        return weight
+    start = _cotraining_from(config.training)
+    done = (step - start) / (config.training.steps - start)
+    return weight * max(0.0, 1.0 - done / fade)
+
+
+def _cotraining_from(training: Training) -> int:
+    return training.warmup_iters + (1 if training.decoder_in_warmup else 0)

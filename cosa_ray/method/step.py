@@ -29,6 +29,7 @@ from cosa_ray.method.pseudo_labels import (
     segmentation_target,
 )
 from cosa_ray.method.refinement import pixel_affinity
+from cosa_ray.method.schedule import contrastive_weight
 from cosa_ray.method.threshold import DynamicThresholds, Proposal, named
 
 LOSS_NAMES = (
@@ -163,7 +164,11 @@ def cotraining_step(
         proposal = thresholds.propose(sum_over_workers(_histograms(held, thresholds, config)))
         values = named(thresholds.names, proposal.values)
 
-    plans = [_plan(micro, part, values, config, step) for micro, part in zip(micro_batches, held, strict=True)]
+    separation = contrastive_weight(config, step)
+    separated = separation > 0
+    plans = [
+        _plan(micro, part, values, config, step, separated) for micro, part in zip(micro_batches, held, strict=True)
+    ]
     del held  # full-size CAMs: their room is needed for ON's forward pass
     counts = sum_over_workers(torch.stack([_counts(plan) for plan in plans]).sum(0))
 
@@ -178,7 +183,7 @@ def cotraining_step(
             loss = loss + weight * (1 - share) * terms["loss_cam_to_seg"]
             loss = loss + weight * share * terms["loss_cam_to_seg_aux"]
             loss = loss + config.losses.seg_to_cam * terms["loss_seg_to_cam"]
-            loss = loss + config.losses.contrastive * terms["loss_contrastive"]
+            loss = loss + separation * terms["loss_contrastive"]
             loss = loss + config.losses.dense_energy * terms["loss_dense_energy"]
             (loss * world).backward()
         _add(totals, terms, loss)
@@ -206,7 +211,9 @@ def _histograms(held: Sequence[_Held], thresholds: DynamicThresholds, config: Co
     return torch.stack([thresholds.histogram((part.cam, part.cam_aux), crop) for part in held]).sum(0)
 
 
-def _plan(micro: MicroBatch, held: _Held, values: dict[str, Tensor], config: Config, step: int) -> _Plan:
+def _plan(
+    micro: MicroBatch, held: _Held, values: dict[str, Tensor], config: Config, step: int, separated: bool
+) -> _Plan:
     """Labels, weights and sampled pixels of a micro-batch, from AN's assignments and the thresholds in force."""
     labels, stride, crop = config.pseudo_labels, config.training.loss_stride, _size(micro.weak)
     inside = inside_box(micro.box, crop, _size(held.cam))
@@ -218,7 +225,7 @@ def _plan(micro: MicroBatch, held: _Held, values: dict[str, Tensor], config: Con
     main = pseudo_label(held.cam, micro.labels, inside, values, labels, **common)
     aux = pseudo_label(held.cam_aux, micro.labels, inside, values, labels, suffix="_aux", **common)
     sample, grid = None, held.grid
-    if config.losses.contrastive > 0:
+    if separated:
         settings = config.contrastive
         sample = sample_pixels(
             resize(held.cam_aux, grid),

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from cosa_ray.config.schema import Optimiser, Training
+from cosa_ray.config.schema import Config, Optimiser, Training
 from cosa_ray.method.ema import MovingAverage
-from cosa_ray.method.schedule import learning_rate, phase
+from cosa_ray.method.schedule import contrastive_weight, learning_rate, phase
 
 
 @pytest.mark.golden
@@ -43,6 +43,24 @@ def test_phases():
     assert "".join(phases(ring=100)) == "fffffccc"
     assert "".join(phases(decoder_in_warmup=True)) == "wwwwffcc"  # the release: that step is warm-up too
     assert phase(Training(steps=8, warmup_iters=0), 0, 100) == "cotraining"
+
+
+def test_separation_fades_over_a_share_of_cotraining():
+    content = {
+        "training": {"steps": 18, "warmup_iters": 8},
+        "losses": {"contrastive": 0.4},
+        "optimiser": {"warmup_steps": 0},
+    }
+    for fade, expected in (
+        (None, [0.4] * 10),
+        (1.0, [0.4 - 0.04 * k for k in range(10)]),
+        (0.5, [0.4, 0.32, 0.24, 0.16, 0.08, 0, 0, 0, 0, 0]),
+        (0.05, [0.4] + [0] * 9),
+    ):
+        config = Config.model_validate(content | {"contrastive": {"fade": fade}})
+        assert [contrastive_weight(config, step) for step in range(8, 18)] == pytest.approx(expected, abs=1e-12)
+    with pytest.raises(ValueError, match="fade"):
+        Config.model_validate(content | {"contrastive": {"fade": 0}})
 
 
 @pytest.mark.parametrize(("warmup", "release"), [(8, False), (7, True)])

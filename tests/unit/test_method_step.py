@@ -223,6 +223,32 @@ def test_the_loss_is_the_weighted_sum_of_its_terms():
     assert all(losses[name] > 0 for name in LOSS_NAMES[1:-1])
 
 
+def test_separation_that_has_faded_is_as_good_as_none():
+    schedule = {"steps": 10, "warmup_iters": 2}  # four steps of co-training until it is gone
+
+    def at(step: int, weight: float = 0.4, fade: float | None = 0.5) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        worker = Worker(
+            config(
+                losses={"contrastive": weight},
+                training=schedule,
+                contrastive={"fade": fade},
+                optimiser={"warmup_steps": 0},
+            )
+        )
+        losses = worker.step([batch()], step).losses
+        return losses, worker.gradients()["classifier.weight"]
+
+    (full, whole), (half, part_of) = at(4, fade=None), at(4)
+    torch.testing.assert_close(half["loss_contrastive"], full["loss_contrastive"])
+    torch.testing.assert_close(half["loss"], full["loss"] - 0.2 * full["loss_contrastive"])
+    without = at(4, weight=0.0)[1]
+    torch.testing.assert_close(part_of, (whole + without) / 2)
+    assert (whole - without).abs().max() > 1e-4
+    (gone, faded), nothing = at(6), at(6, weight=0.0)
+    assert gone["loss_contrastive"] == 0
+    torch.testing.assert_close(faded, nothing[1])
+
+
 def test_a_term_reaches_what_it_should():
     def reached(**losses) -> dict[str, float]:
         worker = Worker(
