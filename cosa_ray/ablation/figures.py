@@ -54,7 +54,9 @@ def steps_figure(study: Study) -> Figure:
 
 def during_figure(study: Study) -> Figure:
     """Steps from the row each row follows, over training; full markers are beyond noise."""
-    figure, panels = panels_of(f"{study.name}: steps from the row it follows", len(study.during), 1, 3.2, width=9.5)
+    figure, panels = panels_of(
+        f"{study.name}: steps from the row it follows", len(study.during), 1, 3.2, width=9.5, sharex=True
+    )
     following = [
         row.name for row in study.rows if any(row.name in at.steps for at in next(iter(study.during.values())))
     ]
