@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cosa_ray.ablation.figures import metrics_shown
-from cosa_ray.ablation.numbers import Step, Value, step_of, value_of
+from cosa_ray.ablation.numbers import Difference, Value, difference_of, value_of
 from cosa_ray.reporting.history import Histories
 from cosa_ray.reporting.subjects import Side
 from cosa_ray.training.runs import Run, find_run
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class During:
-    """A metric at an evaluation inside the runs: the rows' values, and their steps from the row each follows, by name.
+    """A metric at an evaluation inside the runs: the rows' values, and what each differs by from the row it follows.
 
-    Steps are over seeds: images are not counted there.
+    Both by the row's name. Differences are over seeds: images are not counted there.
     """
 
     step: int
     values: dict[str, Value]
-    steps: dict[str, Step]
+    differences: dict[str, Difference]
 
 
 class Courses:
@@ -38,20 +38,24 @@ class Courses:
         self._runs: dict[str, dict[int, Run]] = {
             row.name: {seed: find_run(row.runs[seed], storage) for seed in row.metrics[study.headline].by_seed}
             for row in study.rows
-            if row.metrics
+            if study.headline in row.metrics
         }
+        # What runs log on the way is under their own protocol and subset, whatever the study was evaluated with.
+        own = [metric_prefix_of(run) for runs in self._runs.values() for run in runs.values()]
+        outside = study.headline.rpartition("/")[0]
+        self._shown = [f"{own[0]}/{name.removeprefix(f'{outside}/')}" for name in metrics_shown(study)] if own else []
         self.names = dict(zip(string.ascii_letters, self._runs, strict=False))
 
     def charts(self) -> list[Chart]:
         """Headline, thresholds and what is shown beside them, a row's mean over seeds by its letter in `names`."""
         sides = [Side(letter, name, "seeds", tuple(self._runs[name].values())) for letter, name in self.names.items()]
-        wanted = [*metrics_shown(self.study), *(f"threshold/{name}" for name in ("background", "low", "high"))]
+        wanted = [*self._shown, *(f"threshold/{name}" for name in ("background", "low", "high"))]
         charts = {chart.metric: chart for chart in self._histories.charts(sides, wanted) if _moves(chart)}
         return [charts[name] for name in wanted if name in charts]
 
     def during(self) -> dict[str, list[During]]:
         """What is shown of the study at every evaluation that all of its runs made, where these are several."""
-        found = {metric: self._of(metric) for metric in metrics_shown(self.study)}
+        found = {metric: self._of(metric) for metric in self._shown}
         return {metric: points for metric, points in found.items() if len(points) > 1}
 
     def _of(self, metric: str) -> list[During]:
@@ -68,10 +72,15 @@ class Courses:
                 row.name: difference
                 for row in self.study.rows
                 if row.after in at and row.name in at
-                if (difference := step_of(at[row.after], at[row.name])) is not None
+                if (difference := difference_of(at[row.after], at[row.name])) is not None
             }
             found.append(During(step, values, differences))
         return found
+
+
+def metric_prefix_of(run: Run) -> str:
+    """What the names of a run's own evaluations begin with, by those of its last checkpoint; "" where it has none."""
+    return next((name.rpartition("/")[0] for name in run.last().metrics if name.endswith("/map")), "")
 
 
 def _moves(chart: Chart) -> bool:

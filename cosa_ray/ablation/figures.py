@@ -1,4 +1,4 @@
-"""A study's figures: every row's values and steps with their intervals, and the rows' courses over training."""
+"""A study's figures: every row's values and differences with their intervals, and the rows' courses over training."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def metrics_shown(study: Study) -> list[str]:
     return [name for name in (study.headline, *(f"{prefix}/{name}" for name in BESIDE)) if name in study.shared]
 
 
-def steps_figure(study: Study) -> Figure:
-    """For each shown metric, left the value of every seed with the mean, right the step from the row it follows."""
+def differences_figure(study: Study) -> Figure:
+    """For each shown metric, left every seed's value and the mean, right the difference from the row it follows."""
     shown = metrics_shown(study)
     height = 0.32 * len(study.rows) + 0.7
     title = f"{study.name}: last checkpoints, {len(study.seeds)} seeds"
@@ -38,37 +38,35 @@ def steps_figure(study: Study) -> Figure:
                 continue
             left.plot(list(value.by_seed.values()), [place] * len(value.by_seed), "o", color=BLUE, alpha=0.45, ms=5)
             left.plot(value.mean, place, "|", color=BLUE, ms=14, mew=2)
-            if (step := row.steps.get(metric)) is None:
+            if (found := row.differences.get(metric)) is None:
                 continue
-            sure = step.within_noise is False
-            right.plot(list(step.by_seed.values()), [place] * len(step.by_seed), "o", color=GREY, alpha=0.6, ms=4)
-            right.plot(step.mean, place, "D", color=RED if sure else BLUE, ms=5.5)
-            if step.interval is not None:
-                right.plot(step.interval, [place, place], "-", color=RED if sure else BLUE, linewidth=1.6)
+            color = RED if found.within_noise is False else BLUE
+            right.plot(list(found.by_seed.values()), [place] * len(found.by_seed), "o", color=GREY, alpha=0.6, ms=4)
+            right.plot(found.mean, place, "D", color=color, ms=5.5)
+            if found.interval is not None:
+                right.plot(found.interval, [place, place], "-", color=color, linewidth=1.6)
         left.set_yticks(list(places), [row.name for row in study.rows])
         left.set_ylim(len(study.rows) - 0.4, -0.6)
         left.set_xlabel(metric, fontsize=9)
-        right.set_xlabel("step from the row it follows, 95 % interval (red: beyond noise)", fontsize=9)
+        right.set_xlabel("difference from the row it follows, 95 % interval (red: beyond noise)", fontsize=9)
     return figure
 
 
 def during_figure(study: Study) -> Figure:
-    """Steps from the row each row follows, over training; full markers are beyond noise."""
-    figure, panels = panels_of(
-        f"{study.name}: steps from the row it follows", len(study.during), 1, 3.2, width=9.5, sharex=True
-    )
-    following = [
-        row.name for row in study.rows if any(row.name in at.steps for at in next(iter(study.during.values())))
-    ]
+    """Differences from the row each row follows, over training; full markers are beyond noise."""
+    title = f"{study.name}: difference from the row it follows"
+    figure, panels = panels_of(title, len(study.during), 1, 3.2, width=9.5, sharex=True)
+    evaluations = next(iter(study.during.values()))
+    following = [row.name for row in study.rows if any(row.name in at.differences for at in evaluations)]
     for (metric, points), axes in zip(study.during.items(), panels, strict=True):
         axes.axhline(0, color=GREY, linewidth=0.8)
         for number, name in enumerate(following):
-            there = [(at.step, at.steps[name]) for at in points if name in at.steps]
-            steps, means = [step for step, _ in there], [step.mean for _, step in there]
+            there = [(at.step, at.differences[name]) for at in points if name in at.differences]
             color = f"C{number % 10}"
+            steps, means = [step for step, _ in there], [found.mean for _, found in there]
             axes.plot(steps, means, color=color, linewidth=1.2, marker="o", ms=5, mfc="white", label=name)
-            sure = [(at, step.mean) for at, step in there if step.within_noise is False]
-            axes.plot([at for at, _ in sure], [mean for _, mean in sure], "o", color=color, ms=5.5)
+            sure = [(step, found.mean) for step, found in there if found.within_noise is False]
+            axes.plot([step for step, _ in sure], [mean for _, mean in sure], "o", color=color, ms=5.5)
         axes.set_ylabel(metric, fontsize=9)
     panels[-1].set_xlabel("step (full markers: beyond noise)")
     legend(figure, panels[0], columns=3)

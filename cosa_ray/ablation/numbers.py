@@ -11,6 +11,7 @@ import numpy as np
 from cosa_ray.evaluation.confusion import middle, resampled_mious
 
 RESAMPLES = 2000
+FEWEST = 3  # seeds, below which two that happen to agree would pass for certainty
 
 
 @dataclass(frozen=True)
@@ -23,18 +24,20 @@ class Value:
 
 
 @dataclass(frozen=True)
-class Step:
+class Difference:
     """A metric of a row less that of the row it follows, seed by seed.
 
-    deviation: of the paired differences. interval: 95 % bootstrap over seeds, and over the images both were evaluated
-    on where their counts are kept; None with one seed and no counts. within_noise: the interval holds 0, or Student's t
-    over seeds cannot tell the mean from 0 at 5 % (of three seeds, below 4.3 standard errors); None with one seed.
+    deviation: of the paired differences. bootstrap: 95 % over seeds and over the images both were evaluated on, drawn
+    at once; None where counts per image are not kept. interval: Student's 95 % over seeds, widened to hold that
+    bootstrap (of three seeds a bootstrap alone is hardly more than their range); None with one seed and no counts.
+    over: what it covers. within_noise: the interval holds 0; None of fewer than FEWEST seeds.
     """
 
     by_seed: dict[int, float]
     mean: float
     deviation: float | None
     interval: tuple[float, float] | None
+    bootstrap: tuple[float, float] | None
     over: str
     within_noise: bool | None
 
@@ -42,7 +45,7 @@ class Step:
     def words(self) -> str:
         """The plain verdict."""
         if self.within_noise is None:
-            return "one seed: not known"
+            return f"fewer than {FEWEST} seeds: not known"
         if self.within_noise:
             return "within noise"
         return "higher" if self.mean > 0 else "lower"
@@ -57,13 +60,13 @@ def value_of(by_seed: Mapping[int, float]) -> Value | None:
     return Value(known, float(np.mean(values)), _deviation(values))
 
 
-def step_of(
+def difference_of(
     above: Mapping[int, float],
     row: Mapping[int, float],
     images: tuple[Mapping[int, np.ndarray], Mapping[int, np.ndarray]] | None = None,
     *,
     resamples: int = RESAMPLES,
-) -> Step | None:
+) -> Difference | None:
     """The paired difference of two rows over the seeds both have; None where they have none in common.
 
     Args:
@@ -75,22 +78,23 @@ def step_of(
         return None
     differences = [row[seed] - above[seed] for seed in seeds]
     mean, deviation = float(np.mean(differences)), _deviation(differences)
-    interval, over = None, ""
-    if images is not None and all(seed in each for each in images for seed in seeds):
-        interval = interval_over_both(
-            [images[0][seed] for seed in seeds], [images[1][seed] for seed in seeds], resamples
-        )
-        over = f"{len(seeds)} seeds and {len(images[0][seeds[0]]):,} images" if len(seeds) > 1 else "images"
-    elif len(seeds) > 1:
-        interval, over = middle(_drawn(np.array(differences)[:, None].repeat(resamples, 1))), f"{len(seeds)} seeds"
-    noise = None
-    if deviation is not None and interval is not None:
+    intervals, over = [], [f"{len(seeds)} seeds" if len(seeds) > 1 else "1 seed"]
+    if deviation is not None:
         from scipy.stats import t
 
-        small = abs(mean) < float(t.ppf(0.975, len(seeds) - 1)) * deviation / math.sqrt(len(seeds))
-        noise = small or interval[0] <= 0 <= interval[1]
+        half = float(t.ppf(0.975, len(seeds) - 1)) * deviation / math.sqrt(len(seeds))
+        intervals.append((mean - half, mean + half))
+    bootstrap = None
+    if images is not None and all(seed in each for each in images for seed in seeds):
+        bootstrap = interval_over_both(
+            [images[0][seed] for seed in seeds], [images[1][seed] for seed in seeds], resamples
+        )
+        intervals.append(bootstrap)
+        over.append(f"{len(images[0][seeds[0]]):,} images")
+    interval = (min(low for low, _ in intervals), max(high for _, high in intervals)) if intervals else None
+    noise = None if interval is None or len(seeds) < FEWEST else interval[0] <= 0 <= interval[1]
     by_seed = dict(zip(seeds, differences, strict=True))
-    return Step(by_seed, mean, deviation, interval, over, noise)
+    return Difference(by_seed, mean, deviation, interval, bootstrap, " and ".join(over), noise)
 
 
 def interval_over_both(

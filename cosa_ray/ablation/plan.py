@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from cosa_ray.config.load import (
     flatten,
     load_config,
     merge,
+    nest,
     parse_overrides,
     read_yaml,
 )
@@ -48,7 +49,7 @@ class Row(Section):
 
     name: str = Field(min_length=1, description="What it is called in tables.")
     set: dict[str, Any] = Field(
-        default_factory=dict, description="Dotted settings, on top of those of the row it follows."
+        default_factory=dict, description="Settings, dotted or nested, on top of those of the row it follows."
     )
     after: str | None = Field(
         None, description="Row it builds on and is compared with; null is the one above, of the first the base."
@@ -88,9 +89,9 @@ class Ablation(Section):
         return [row.name for row in self.rows].index(after)
 
     def settings(self, place: int) -> dict[str, Any]:
-        """All that a row sets, what it builds on included."""
+        """All that a row sets, what it builds on included, nested."""
         before = self.before(place)
-        return {**(self.settings(before) if before is not None else {}), **self.rows[place].set}
+        return merge(self.settings(before) if before is not None else {}, nest(self.rows[place].set))
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,10 @@ def load_ablation(
 def plan_ablation(ablation: Ablation, base: Config, name: str, seeds: int) -> Plan:
     """The runs of a study under a name. Raises UserError for a row that is no experiment, or none of a study."""
     rows = [_row(ablation, base, place) for place in range(len(ablation.rows))]
+    for place, row in enumerate(ablation.rows):
+        above = ablation.before(place)
+        if above is not None and rows[place] == rows[above]:
+            raise UserError(f"row {row.name} sets what {ablation.rows[above].name} has already; leave one of them out.")
     varied = _varied(base, rows)
     numbers = range(base.seed, base.seed + seeds)
     groups = _groups(rows) if ablation.share_warm_up else []
@@ -182,7 +187,7 @@ def plan_ablation(ablation: Ablation, base: Config, name: str, seeds: int) -> Pl
         keep="all",
         concurrency=ablation.concurrency,
     )
-    fixed = {key: values[0][key] for key in ("seed", "continue_from") if key not in space}
+    fixed = {key: values[0][key] for key in choices if key not in space}  # of all rows, though not of the base
     return Plan(warm_ups, sweep, apply_overrides(base, fixed, name), points, said)
 
 
@@ -190,10 +195,19 @@ def _row(ablation: Ablation, base: Config, place: int) -> Config:
     """A row's experiment."""
     name = ablation.rows[place].name
     settings = ablation.settings(place)
-    for key in settings:
+    for key in _dotted(settings):
         if key in _OURS or key.startswith(SHARED):
             raise UserError(f"row {name}: {key} is the study's own or shared by its rows; leave it out.")
     return apply_overrides(base, settings, f"row {name}")
+
+
+def _dotted(nested: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted keys of the leaves of a nested mapping."""
+    for key, value in nested.items():
+        if isinstance(value, Mapping) and value:
+            yield from _dotted(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key
 
 
 def _varied(base: Config, rows: Sequence[Config]) -> list[str]:

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cosa_ray.ablation.courses import Courses, During
-from cosa_ray.ablation.numbers import Step, Value, step_of, value_of
+from cosa_ray.ablation.numbers import Difference, Value, difference_of, value_of
 from cosa_ray.ablation.plan import Ablation, Plan, WarmUp, plan_ablation
 from cosa_ray.ablation.table import markdown
-from cosa_ray.config.protocol import Protocol, load_protocol
+from cosa_ray.config.protocol import Protocol, load_protocol, own_protocol
 from cosa_ray.config.schema import Config
 from cosa_ray.errors import RunFailed, UserError
 from cosa_ray.training.storage import RunFolder
+from cosa_ray.tuning.check import check_sweep
 from cosa_ray.tuning.sweep import SWEEP_FILE, run_sweep
 
 if TYPE_CHECKING:
@@ -54,9 +55,9 @@ class Displays:
 
 @dataclass(frozen=True)
 class RowResult:
-    """A row: what it sets, the row it follows, its runs by seed, its metrics, and its steps from that row.
+    """A row: what it sets, the row it follows, its runs by seed, its metrics, and what they differ by from that row's.
 
-    metrics are those of the evaluation of the last checkpoint, by name; steps of the same.
+    metrics are those of the evaluation of the last checkpoint, by name; differences of the same.
     """
 
     name: str
@@ -64,14 +65,14 @@ class RowResult:
     after: str | None
     runs: dict[int, str]
     metrics: dict[str, Value]
-    steps: dict[str, Step]
+    differences: dict[str, Difference]
 
 
 @dataclass(frozen=True)
 class Study:
     """What a study came to: finished, or stopped before all runs had ended.
 
-    headline: the metric of the table. during: by metric, values and steps at the evaluations on the way.
+    headline: the metric of the table. during: by metric, values and differences at the evaluations on the way.
     """
 
     name: str
@@ -116,18 +117,30 @@ def run_ablation(
     split. Results go into the sweep's folder. Raises UserError before anything starts, RunFailed when no run succeeded.
     """
     from cosa_ray.training.driver import resolve
+    from cosa_ray.training.evaluating import check_protocols
     from cosa_ray.training.ray_train import ray_cluster
+    from cosa_ray.training.runs import read_run
 
     displays = displays or Displays()
     if seeds < 1:
         raise UserError(f"--seeds {seeds}: a study has at least one seed.")
     read = load_protocol(protocol) if protocol is not None else None
+    if read is not None and not read.scores_plain:
+        raise UserError(
+            f"--protocol {read.name}: rows are compared by the assignment network's plain mIoU, which it does not "
+            "score; name one that does."
+        )
     plan = plan_ablation(ablation, resolve(base, track), name, seeds)
+    check_sweep(plan.sweep, plan.base, f"study {name}")
+    check_protocols([read or own_protocol(plan.base)], plan.base)
     storage = plan.base.storage.rstrip("/")
-    if not resume and RunFolder(f"{storage}/{name}").exists(SWEEP_FILE):
+    swept = RunFolder(f"{storage}/{name}").exists(SWEEP_FILE)
+    if swept and not resume:
         raise UserError(
             f"study {name} exists already in {storage}: continue it with --resume, or choose another --name."
         )
+    if resume and not swept and not any(read_run(f"{storage}/{each.name}") for each in plan.warm_ups):
+        raise UserError(f"there is no study {name} in {storage} to resume; start it without --resume.")
     say(f"{name}: {len(ablation.rows)} rows with seeds {base.seed} to {base.seed + seeds - 1}")
     for line in plan.said:
         say(line)
@@ -136,7 +149,7 @@ def run_ablation(
             if not _warm_up(warm_up, track, displays):
                 return Study(name, f"{storage}/{name}", "stopped", "", [])
         with displays.sweeping() as show:
-            result = run_sweep(plan.sweep, plan.base, name=name, resume=resume, track=track, show=show, say=say)
+            result = run_sweep(plan.sweep, plan.base, name=name, resume=swept, track=track, show=show, say=say)
         if result.state == "stopped":
             return Study(name, result.folder, "stopped", result.metric, [])
         evaluated = _evaluate(result, protocol, read, track, displays, say)
@@ -152,12 +165,12 @@ def run_ablation(
 
 def _write(folder: Path, study: Study, courses: Courses) -> None:
     """Tables and figures of a study into a local folder; a figure that cannot be drawn costs a warning."""
-    from cosa_ray.ablation.figures import courses_figure, during_figure, steps_figure
+    from cosa_ray.ablation.figures import courses_figure, differences_figure, during_figure
 
     (folder / RESULT_FILE).write_text(json.dumps(study.as_json(), indent=1), encoding="utf-8")
     (folder / TABLE_FILE).write_text(markdown(study), encoding="utf-8")
     try:
-        steps_figure(study).savefig(folder / "steps.png")
+        differences_figure(study).savefig(folder / "differences.png")
         charts = courses.charts()
         if charts:
             courses_figure(study, charts, courses.names).savefig(folder / "courses.png")
@@ -238,7 +251,7 @@ def _evaluated(folder: str, protocol: Protocol | None) -> Evaluated | None:
 
 
 def sum_up(ablation: Ablation, plan: Plan, result: SweepResult, evaluated: Mapping[str, Evaluated]) -> Study:
-    """Rows with their values and steps, from the evaluations of the runs of a sweep whose points the plan lists."""
+    """Rows with values and differences, from the evaluations of the runs of a sweep whose points the plan lists."""
     if not evaluated:
         raise RunFailed(f"study {result.name}: no run has come to an evaluation (folder {result.folder}).")
     at = {trial.id: plan.points[trial.configuration] for trial in result.trials}
@@ -260,15 +273,15 @@ def sum_up(ablation: Ablation, plan: Plan, result: SweepResult, evaluated: Mappi
     for place, arm in enumerate(ablation.rows):
         above = ablation.before(place)
         metrics = {key: mean for key, by_seed in measured[place].items() if (mean := value_of(by_seed)) is not None}
-        steps: dict[str, Step] = {}
+        differences: dict[str, Difference] = {}
         if above is not None:
             for key in metrics:
                 counts = images[above].get(key), images[place].get(key)
                 both = (counts[0], counts[1]) if counts[0] and counts[1] else None
-                step = step_of(measured[above].get(key, {}), measured[place][key], both)
-                steps |= {key: step} if step is not None else {}
+                difference = difference_of(measured[above].get(key, {}), measured[place][key], both)
+                differences |= {key: difference} if difference is not None else {}
         after = None if above is None else ablation.rows[above].name
-        rows.append(RowResult(arm.name, dict(arm.set), after, runs[place], metrics, steps))
+        rows.append(RowResult(arm.name, dict(arm.set), after, runs[place], metrics, differences))
     failed = [f"{trial.name}: {trial.cause or trial.state}" for trial in result.trials if trial.id not in evaluated]
     seeds = sorted({seed for _, seed in plan.points})
     headline = f"{prefix}/miou"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cosa_ray.ablation.numbers import Step
+    from cosa_ray.ablation.numbers import Difference
     from cosa_ray.ablation.study import RowResult, Study
 
-COLUMNS = ["row", "mean ± deviation", "by seed", "step from", "step", "95 % interval", "verdict"]
+COLUMNS = ["row", "mean ± deviation", "by seed", "follows", "difference", "95 % interval", "over", "verdict"]
 
 
 def table_rows(study: Study, metric: str | None = None) -> list[list[str]]:
@@ -20,20 +20,21 @@ def markdown(study: Study) -> str:
     """The study as Markdown: a table per metric that all rows with a result have, the headline first."""
     names = [name for name in study.shared if "/iou/" not in name]
     parts = [
-        f"# {study.name}\n\nSeeds {', '.join(map(str, study.seeds))}; last checkpoints; steps are paired by seed; the "
-        "interval is a bootstrap over seeds, and over images where their counts are kept.\n"
+        f"# {study.name}\n\nSeeds {', '.join(map(str, study.seeds))}; last checkpoints. Differences are paired by "
+        "seed, over the seeds that both rows have. The interval is Student's over seeds, widened to hold a bootstrap "
+        f"over seeds and images where their counts are kept. Nothing is corrected for the {len(names)} tables: of "
+        "metrics beside the one a study is about, one difference in twenty is beyond noise by chance.\n"
     ]
     parts += [f"Without a result: {failure}\n" for failure in study.failed]
     for name in names:
-        lines = [COLUMNS, ["---"] * len(COLUMNS), *table_rows(study, name)]
-        parts.append(f"## {name}\n\n" + _table(lines))
+        parts.append(f"## {name}\n\n" + _table([COLUMNS, ["---"] * len(COLUMNS), *table_rows(study, name)]))
     for name, points in study.during.items():
         lines = [["row (the one it follows)", *(str(at.step) for at in points)], ["---"] * (len(points) + 1)]
         for row in study.rows:
-            cells = [_cell(at.steps[row.name]) if row.name in at.steps else "-" for at in points]
+            cells = [_cell(at.differences.get(row.name)) for at in points]
             if any(cell != "-" for cell in cells):
                 lines.append([f"{row.name} ({row.after})", *cells])
-        parts.append(f"## {name} over training (bold: beyond noise)\n\n" + _table(lines))
+        parts.append(f"## {name} over training: differences (bold: beyond noise)\n\n" + _table(lines))
     return "\n".join(parts)
 
 
@@ -41,18 +42,21 @@ def _table(lines: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
 
 
-def _cell(step: Step) -> str:
-    return f"**{step.mean:+.4f}**" if step.within_noise is False else f"{step.mean:+.4f}"
+def _cell(found: Difference | None) -> str:
+    if found is None:
+        return "-"
+    return f"**{found.mean:+.4f}**" if found.within_noise is False else f"{found.mean:+.4f}"
 
 
 def _line(row: RowResult, metric: str) -> list[str]:
-    value, step = row.metrics.get(metric), row.steps.get(metric)
+    value, found = row.metrics.get(metric), row.differences.get(metric)
     cells = [row.name, "-", "-"]
     if value is not None:
         spread = "" if value.deviation is None else f" ± {value.deviation:.4f}"
-        cells[1:] = [f"{value.mean:.4f}{spread}", ", ".join(f"{each:.4f}" for each in value.by_seed.values())]
-    if step is None:
-        return [*cells, "-", "-", "-", "-"]
-    spread = "" if step.deviation is None else f" ± {step.deviation:.4f}"
-    between = "-" if step.interval is None else f"{step.interval[0]:+.4f} to {step.interval[1]:+.4f}"
-    return [*cells, row.after or "-", f"{step.mean:+.4f}{spread}", between, step.words]
+        by_seed = ", ".join(f"{seed}: {each:.4f}" for seed, each in value.by_seed.items())
+        cells[1:] = [f"{value.mean:.4f}{spread}", by_seed]
+    if found is None:
+        return [*cells, *["-"] * 5]
+    spread = "" if found.deviation is None else f" ± {found.deviation:.4f}"
+    between = "-" if found.interval is None else f"{found.interval[0]:+.4f} to {found.interval[1]:+.4f}"
+    return [*cells, row.after or "-", f"{found.mean:+.4f}{spread}", between, found.over, found.words]

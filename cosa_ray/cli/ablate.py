@@ -67,7 +67,7 @@ def ablate(
 
 
 def print_study(study: Study, as_json: bool) -> None:
-    """Print a study's rows with their steps from the row each follows."""
+    """Print a study's rows with what each differs by from the row it follows."""
     from cosa_ray.ablation.table import COLUMNS, table_rows
 
     if not as_json:

@@ -126,7 +126,7 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """{'a.b': 1} -> {'a': {'b': 1}}."""
+    """{'a.b': 1} -> {'a': {'b': 1}}; what is nested already stays."""
     nested: dict[str, Any] = {}
     for key, value in flat.items():
         for part in reversed(key.split(".")):

@@ -72,6 +72,11 @@ class Protocol(Section):
                     )
         return self
 
+    @property
+    def scores_plain(self) -> bool:
+        """Whether it scores the assignment network's plain segmentation, by which runs are compared."""
+        return "assignment" in self.networks and "none" in self.labels
+
     def sides(self, crop: int) -> list[float]:
         """Sides in pixels, before rounding, of the square inputs of a network trained at `crop`; none if not square."""
         return [(self.size or crop) * scale for scale in self.scales] if self.resize == "square" else []

@@ -187,6 +187,17 @@ def _prepare(
     return entry, _Task(f"{found.folder.uri}/{entry.name}", config.data.dataset, name, chosen, prefix, config)
 
 
+def check_protocols(protocols: Sequence[Protocol], experiment: Config) -> None:
+    """Refuse, before anything is trained, a protocol that its runs could not be evaluated with.
+
+    Raises UserError for a CRF that is not installed, and a split that is not there or has no masks.
+    """
+    for protocol in protocols:
+        if protocol.crf is not None:
+            require_crf(f"protocol {protocol.name}")
+        check_masks(open_dataset(experiment.data.dataset).split(protocol.split or experiment.data.val_split))
+
+
 def _is_own(found: Run, entry: CheckpointEntry, dataset: str, target: Split) -> bool:
     """True for the dataset the run was trained with, wherever it lies now: metrics of another one say which."""
     if dataset == found.config().data.dataset:

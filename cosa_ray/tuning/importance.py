@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 METHOD = (
-    "Share of the variance of the score that each setting explains by itself: Optuna's fANOVA (Hutter et al., ICML "
-    "2014), logarithmic settings by their logarithm. A conditional setting is judged among the configurations that "
-    "have it. Of more than 200 configurations, 200 drawn at random are judged."
+    "How much of the score each setting explains by itself, as a share of what all of them explain by themselves "
+    "(shares add up to 1, of noise too: `together.predicted` says whether there is anything to explain): Optuna's "
+    "fANOVA (Hutter et al., ICML 2014), logarithmic settings by their logarithm. A conditional setting is judged among "
+    "the configurations that have it. Of more than 200 configurations, 200 drawn at random are judged."
 )
 FEWEST = 8  # configurations; below, a random forest says nothing
 MOST = 200  # fANOVA takes seconds for these and grows with the square: hours for a sweep of thousands, at its very end

@@ -18,6 +18,7 @@ from cosa_ray.config.load import check
 from cosa_ray.config.protocol import Protocol, load_protocol
 from cosa_ray.config.schema import Config
 from cosa_ray.errors import RunFailed, UserError
+from cosa_ray.training.evaluating import check_protocols
 from cosa_ray.training.storage import RunFolder
 from cosa_ray.tuning.choosing import (
     PROMOTED_FROM,
@@ -92,7 +93,7 @@ def promote_sweep(
     if plan is None:
         choice = choose(source, top, front)
         plan = plan_promotion(source, choice, _SEEDS if seeds is None else seeds, overrides, base)
-    _check_splits(read, plan.experiment)
+    check_protocols(read, plan.experiment)
     if not resume and RunFolder(f"{plan.experiment.storage}/{name}").exists(SWEEP_FILE):
         raise UserError(f"{name} exists already: continue it with --resume, or choose another --name.")
     seed, count = plan.experiment.seed, plan.sweep.repeats
@@ -131,15 +132,10 @@ def _begun(source: Source, name: str) -> Plan | None:
 
 def _check_words(protocols: Sequence[Protocol], register: str | None, aliases: Sequence[str], track: bool) -> None:
     """Refuse what cannot end well."""
-    from cosa_ray.evaluation.crf import require_crf
-
     names = [protocol.name for protocol in protocols]
     if len(set(names)) < len(names):
         raise UserError(f"--protocol: {', '.join(names)} are not all different; give each once.")
-    for protocol in protocols:
-        if protocol.crf is not None:
-            require_crf(f"protocol {protocol.name}")
-    if protocols and not ("assignment" in protocols[0].networks and "none" in protocols[0].labels):
+    if protocols and not protocols[0].scores_plain:
         raise UserError(
             f"--protocol {names[0]}: the first protocol decides by the assignment network's plain mIoU, which it does "
             "not score; name one that does first."
@@ -153,15 +149,6 @@ def _check_words(protocols: Sequence[Protocol], register: str | None, aliases: S
     from cosa_ray.tracking.registry import check_names
 
     check_names(register, aliases)
-
-
-def _check_splits(protocols: Sequence[Protocol], experiment: Config) -> None:
-    """Refuse a protocol whose split is not there, or has no masks."""
-    from cosa_ray.data.dataset import open_dataset
-    from cosa_ray.evaluation.evaluate import check_masks
-
-    for protocol in protocols:
-        check_masks(open_dataset(experiment.data.dataset).split(protocol.split or experiment.data.val_split))
 
 
 def _evaluate(

@@ -268,11 +268,12 @@ def description(
         share = each.shares or each.early
         if share:
             top = ", ".join(f"`{name}` {100 * value:.0f} %" for name, value in list(share.items())[:3])
-            lines.append(f"**What matters** for {metric}: {top}")
+            predicted = pairs[metric].predicted if metric in pairs else None
+            worth = "" if predicted is None else f"; a forest predicts those left out with an R² of {predicted:.2f}"
+            lines.append(f"**What matters** for {metric}: {top} of what single settings explain{worth}")
         if metric in pairs and pairs[metric].pairs:
             (first, second), together = next(iter(pairs[metric].pairs.items()))
-            known_by = f"a forest's R² is {pairs[metric].predicted:.2f}"
-            lines.append(f"**Together**: `{first}` and `{second}` {100 * together:.0f} % more ({known_by})")
+            lines.append(f"**Together**: `{first}` and `{second}` {100 * together:.0f} % more of the forest's variance")
     lines.append(f"**Searched** on `{sweep.base}` by {orders} ({how}): {names}")
     if sweep.scheduler == "pbt":
         lines.append("Settings changed while the trials ran; those shown are the last")
