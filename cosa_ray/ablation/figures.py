@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from cosa_ray.ablation.numbers import seeds_words
 from cosa_ray.tuning.figures import BLUE, GREY, RED, legend, panels_of
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def differences_figure(study: Study) -> Figure:
     """For each shown metric, left every seed's value and the mean, right the difference from the row it follows."""
     shown = metrics_shown(study)
     height = 0.32 * len(study.rows) + 0.7
-    title = f"{study.name}: last checkpoints, {len(study.seeds)} seeds"
+    title = f"{study.name}: last checkpoints, {seeds_words(study.seeds)}"
     figure, panels = panels_of(title, len(shown), 2, height, width=11.5, sharey=True)
     places = range(len(study.rows))
     for metric, left, right in zip(shown, panels[::2], panels[1::2], strict=True):

@@ -51,6 +51,11 @@ class Difference:
         return "higher" if self.mean > 0 else "lower"
 
 
+def seeds_words(seeds: Sequence[int]) -> str:
+    """How many they are, in words."""
+    return f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
+
+
 def value_of(by_seed: Mapping[int, float]) -> Value | None:
     """Mean and deviation of what seeds measured; None where none did."""
     known = {seed: value for seed, value in sorted(by_seed.items()) if math.isfinite(value)}
@@ -78,7 +83,7 @@ def difference_of(
         return None
     differences = [row[seed] - above[seed] for seed in seeds]
     mean, deviation = float(np.mean(differences)), _deviation(differences)
-    intervals, over = [], [f"{len(seeds)} seeds" if len(seeds) > 1 else "1 seed"]
+    intervals, over = [], [seeds_words(seeds)]
     if deviation is not None:
         from scipy.stats import t
 

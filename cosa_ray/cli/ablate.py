@@ -68,10 +68,13 @@ def ablate(
 
 def print_study(study: Study, as_json: bool) -> None:
     """Print a study's rows with what each differs by from the row it follows."""
+    from cosa_ray.ablation.numbers import seeds_words
     from cosa_ray.ablation.table import COLUMNS, table_rows
 
     if not as_json:
-        table(f"{study.name}: {study.headline}, last checkpoint, {len(study.seeds)} seeds", COLUMNS, table_rows(study))
+        table(
+            f"{study.name}: {study.headline}, last checkpoint, {seeds_words(study.seeds)}", COLUMNS, table_rows(study)
+        )
     for failure in study.failed:
         say(f"no result: {failure}")
     say(f"all metrics and figures: {study.folder}/ablation/")
