@@ -41,7 +41,7 @@ class Courses:
             if study.headline in row.metrics
         }
         # What runs log on the way is under their own protocol and subset, whatever the study was evaluated with.
-        own = [metric_prefix_of(run) for runs in self._runs.values() for run in runs.values()]
+        own = [_own_prefix(run) for runs in self._runs.values() for run in runs.values()]
         outside = study.headline.rpartition("/")[0]
         self._shown = [f"{own[0]}/{name.removeprefix(f'{outside}/')}" for name in metrics_shown(study)] if own else []
         self.names = dict(zip(string.ascii_letters, self._runs, strict=False))
@@ -78,7 +78,7 @@ class Courses:
         return found
 
 
-def metric_prefix_of(run: Run) -> str:
+def _own_prefix(run: Run) -> str:
     """What the names of a run's own evaluations begin with, by those of its last checkpoint; "" where it has none."""
     return next((name.rpartition("/")[0] for name in run.last().metrics if name.endswith("/map")), "")
 
