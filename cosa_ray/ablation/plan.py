@@ -166,11 +166,11 @@ def plan_ablation(ablation: Ablation, base: Config, name: str, seeds: int) -> Pl
             changes = {"seed": seed, "training.stop_at": stop, "checkpoint.keep_full_state": True}
             warm_ups.append(WarmUp(f"{label}-seed{seed}", apply_overrides(rows[members[0]], changes, label)))
             starts |= {(row, seed): warm_ups[-1].name for row in members}
-        names = ", ".join(ablation.rows[row].name for row in members)
+        names = "; ".join(ablation.rows[row].name for row in members)  # names may have commas
         said.append(f"{names}: one warm-up of {stop} steps a seed for all {len(members)}")
     alone = [row.name for place, row in enumerate(ablation.rows) if (place, base.seed) not in starts]
     if alone and ablation.share_warm_up:
-        said.append(f"{', '.join(alone)}: with a warm-up of {'its' if len(alone) == 1 else 'their'} own")
+        said.append(f"{'; '.join(alone)}: with a warm-up of {'its' if len(alone) == 1 else 'their'} own")
     points = [(row, seed) for seed in numbers for row in range(len(rows))]
     tables = [flatten(row) for row in rows]
     values = [

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from cosa_ray.ablation.courses import Courses, During
 from cosa_ray.ablation.numbers import Difference, Value, difference_of, value_of
 from cosa_ray.ablation.plan import Ablation, Plan, WarmUp, plan_ablation
-from cosa_ray.ablation.table import markdown
+from cosa_ray.ablation.table import description, markdown
 from cosa_ray.config.protocol import Protocol, load_protocol, own_protocol
 from cosa_ray.config.schema import Config
 from cosa_ray.errors import RunFailed, UserError
@@ -189,7 +189,16 @@ def _log(base: Config, study: Study, folder: Path) -> None:
 
     store = Store(tracking_uri(base), base.tracking.experiment)
     log_evaluation(
-        store, study.name, study.folder, run_id=study.parent_run_id, metrics={}, step=0, artifacts=folder, place=PLACE
+        store,
+        study.name,
+        study.folder,
+        run_id=study.parent_run_id,
+        metrics={},
+        step=0,
+        artifacts=folder,
+        place=PLACE,
+        # In place of the sweep's, whose best trial and importance are not what a study asks.
+        tags={"mlflow.note.content": description(study, PLACE)},
     )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from cosa_ray.ablation.numbers import seeds_words
+
 if TYPE_CHECKING:
     from cosa_ray.ablation.numbers import Difference
     from cosa_ray.ablation.study import RowResult, Study
@@ -36,6 +38,21 @@ def markdown(study: Study) -> str:
                 lines.append([f"{row.name} ({row.after})", *cells])
         parts.append(f"## {name} over training: differences (bold: beyond noise)\n\n" + _table(lines))
     return "\n".join(parts)
+
+
+def description(study: Study, place: str) -> str:
+    """A study's rows in a few lines of Markdown, for MLflow's page of it; place: the folder of its artifacts."""
+    shown = [
+        COLUMNS.index(name) for name in ("row", "mean ± deviation", "follows", "difference", "95 % interval", "verdict")
+    ]
+    lines = [[cells[column] for column in shown] for cells in [COLUMNS, ["---"] * len(COLUMNS), *table_rows(study)]]
+    parts = [
+        f"**Study {study.name}**: {study.headline} of last checkpoints, {seeds_words(study.seeds)}",
+        _table(lines).rstrip(),
+        *(f"Without a result: {failure}" for failure in study.failed),
+        f"All metrics, and figures of the differences over training: under Artifacts, in `{place}/`",
+    ]
+    return "\n\n".join(parts)
 
 
 def _table(lines: list[list[str]]) -> str:

@@ -23,8 +23,9 @@ def log_evaluation(
     step: int,
     artifacts: Path,
     place: str,
+    tags: Mapping[str, str] | None = None,
 ) -> str | None:
-    """Log metrics at a step, and a local folder's files under `place`, to an MLflow run; returns its id.
+    """Log metrics at a step, tags, and a local folder's files under `place`, to an MLflow run; returns its id.
 
     run_id: the run's MLflow id where it is known; else it is found by its name and folder. The same evaluation logged
     again adds no second point. None, with a warning, when MLflow does not have the run or does not answer: the
@@ -51,6 +52,8 @@ def log_evaluation(
         new = [Metric(key, value, now, step) for key, value in metrics.items() if not is_there(key, value)]
         for start in range(0, len(new), _METRICS_A_REQUEST):
             client.log_batch(run_id, metrics=new[start : start + _METRICS_A_REQUEST])
+        for key, content in (tags or {}).items():
+            client.set_tag(run_id, key, content)
         client.log_artifacts(run_id, str(artifacts), place)
         return run_id
     except Exception as error:

@@ -84,6 +84,11 @@ def test_a_study(ray_cluster: str, tiny: Make, tmp_path: Path) -> None:
     assert {Path(each.path).name for each in client.list_artifacts(study.parent_run_id, "ablation")} == files
     assert json.loads((folder / "ablation.json").read_text())["rows"][2]["sets"] == ROWS[2]["set"]
     assert "## val/miou" in (folder / "ablation.md").read_text()
+    page = client.get_run(study.parent_run_id).data.tags["mlflow.note.content"]
+    assert page.startswith("**Study study**: val/miou of last checkpoints, 2 seeds")
+    for row in study.rows:
+        assert f"| {row.name} | {row.metrics['val/miou'].mean:.4f} ±" in page
+    assert "**Best**" not in page, "what its sweep had written"
     with pytest.raises(UserError, match="--resume"):
         run_ablation(ablation, base, name="study", seeds=2)
     # Under another protocol: its numbers at the end, the runs' own on the way.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import secrets
@@ -177,6 +178,17 @@ def test_a_sweep_as_a_job(head: Head, project: Path) -> None:
     result = json.loads((project / "runs" / "job-sweep" / "sweep.json").read_text())
     assert [trial["state"] for trial in result["trials"]] == ["finished", "finished"]
     assert (project / "runs" / "job-sweep" / "best.yaml").exists()
+
+
+@pytest.mark.slow
+def test_a_study_as_a_job(head: Head, project: Path) -> None:
+    rows = "rows: [{name: without, set: {losses.contrastive: 0.0}}, {name: with, set: {losses.contrastive: 0.1}}]\n"
+    (project / "a.yaml").write_text(f"base: x.yaml\n{rows}")
+    ran = submit(head, project, "ablate", "a.yaml", "--seeds", "1", "--name", "job-study")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    study = json.loads((project / "runs" / "job-study" / "ablation" / "ablation.json").read_text())
+    assert [row["name"] for row in study["rows"]] == ["without", "with"]
+    assert all(math.isfinite(row["metrics"]["val/miou"]["mean"]) for row in study["rows"])
 
 
 @dataclass
