@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from cosa_ray.ablation.numbers import seeds_words
 from cosa_ray.tuning.figures import BLUE, GREY, RED, legend, panels_of
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     from cosa_ray.ablation.study import Study
     from cosa_ray.reporting.history import Chart
@@ -61,13 +65,13 @@ def during_figure(study: Study) -> Figure:
     following = [row.name for row in study.rows if any(row.name in at.differences for at in evaluations)]
     for (metric, points), axes in zip(study.during.items(), panels, strict=True):
         axes.axhline(0, color=GREY, linewidth=0.8)
-        for number, name in enumerate(following):
+        for name in following:
             there = [(at.step, at.differences[name]) for at in points if name in at.differences]
-            color = f"C{number % 10}"
-            steps, means = [step for step, _ in there], [found.mean for _, found in there]
-            axes.plot(steps, means, color=color, linewidth=1.2, marker="o", ms=5, mfc="white", label=name)
+            line = _line(
+                axes, study, name, [(step, found.mean) for step, found in there], marker="o", ms=5, mfc="white"
+            )
             sure = [(step, found.mean) for step, found in there if found.within_noise is False]
-            axes.plot([step for step, _ in sure], [mean for _, mean in sure], "o", color=color, ms=5.5)
+            axes.plot([step for step, _ in sure], [mean for _, mean in sure], "o", color=line.get_color(), ms=5.5)
         axes.set_ylabel(metric, fontsize=9)
     panels[-1].set_xlabel("step (full markers: beyond noise)")
     legend(figure, panels[0], columns=3)
@@ -78,13 +82,20 @@ def courses_figure(study: Study, charts: Sequence[Chart], rows: Mapping[str, str
     """Metrics over the steps, the mean over a row's seeds; charts hold a line for every letter of `rows`."""
     figure, panels = panels_of(f"{study.name}: mean over seeds", len(charts), 1, 3.2, width=9.5, sharex=True)
     for chart, axes in zip(charts, panels, strict=True):
-        for number, (letter, name) in enumerate(rows.items()):
-            if letter in chart.lines:
-                steps, values = zip(*chart.lines[letter], strict=True)
-                style = ("-", "--", ":")[number // 10 % 3]
-                marker = "o" if len(steps) < _MARKED else ""
-                axes.plot(steps, values, style, color=f"C{number % 10}", linewidth=1.4, marker=marker, ms=3, label=name)
+        for letter, name in rows.items():
+            if (points := chart.lines.get(letter)) is not None:
+                _line(axes, study, name, points, marker="o" if len(points) < _MARKED else "", ms=3)
         axes.set_ylabel(chart.metric, fontsize=9)
     panels[-1].set_xlabel("step")
     legend(figure, panels[0], columns=3)
     return figure
+
+
+def _line(axes: Axes, study: Study, name: str, points: Sequence[tuple[int, float]], **marks: Any) -> Line2D:
+    """Draw a row's points (step, value), in the row's colour of all figures; dashed over a line that is the same."""
+    place = [row.name for row in study.rows].index(name)
+    steps, values = zip(*points, strict=True)
+    same = any(np.array_equal(line.get_xydata(), points) for line in axes.lines)
+    style = (0, (4, 4)) if same else ("-", "-.", ":")[place // 10 % 3]
+    (line,) = axes.plot(steps, values, ls=style, color=f"C{place % 10}", linewidth=1.3, label=name, **marks)
+    return line

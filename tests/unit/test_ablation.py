@@ -267,11 +267,15 @@ def test_figures_show_every_seed_and_which_steps_are_beyond_noise(tmp_path: Path
     assert list(line.get_xdata()) == [10, 20]
     assert list(line.get_ydata()) == [noisy.mean, step.mean]
     assert (list(sure.get_xdata()), list(sure.get_ydata())) == ([20], [step.mean])
+    colour = line.get_color()
     over = markdown(study).partition("## val/miou over training")[2]
     assert f"| + term (base) | {noisy.mean:+.4f} | **{step.mean:+.4f}** |" in over
     assert "| row (the one it follows) | 10 | 20 |" in over
 
-    charts = [Chart("val/miou", {"a": [(1, 0.1), (2, 0.2)], "b": [(2, 0.3)]}, 1)]
-    figure = courses_figure(study, charts, {"a": "base", "b": "+ term"})
-    assert [list(line.get_ydata()) for line in figure.axes[0].lines] == [[0.1, 0.2], [0.3]]
+    charts = [Chart("val/miou", {"a": [(1, 0.1), (2, 0.2)], "b": [(2, 0.3)], "c": [(1, 0.1), (2, 0.2)]}, 1)]
+    figure = courses_figure(study, charts, {"a": "base", "b": "+ term", "c": "lost"})
+    base, term, same = figure.axes[0].lines
+    assert [list(line.get_ydata()) for line in (base, term, same)] == [[0.1, 0.2], [0.3], [0.1, 0.2]]
+    assert term.get_color() == colour, "a row has one colour in all figures"
+    assert (base.get_linestyle(), same.get_linestyle()) == ("-", "--"), "a line under another is still seen"
     figure.savefig(tmp_path / "courses.png")
