@@ -40,6 +40,7 @@ LATER = (
     "dense_energy.",
     "assignment.scales",
     "assignment.flip",
+    "assignment.ramp",
 )
 _OURS = ("seed", "continue_from", "init_from", "training.stop_at")
 

@@ -23,6 +23,10 @@ class Assignment(Section):
     warmup_momentum: Fraction | None = Field(
         None, description="Momentum during classification warm-up; null is `momentum`."
     )
+    ramp: bool = Field(
+        False,
+        description="After k steps of co-training momentum is (1+k)/(10+k), until it has reached `momentum` (ours).",
+    )
 
 
 class PseudoLabels(Section):

@@ -1,4 +1,4 @@
-"""Learning rate, phases and the weight of CSC over a run, as pure functions of the step."""
+"""Learning rate, phases, EMA momentum and the weight of CSC over a run, as pure functions of the step."""
 
 from __future__ import annotations
 
@@ -46,6 +46,19 @@ def contrastive_weight(config: Config, step: int) -> float:
     start = _cotraining_from(config.training)
     done = (step - start) / (config.training.steps - start)
     return weight * max(0.0, 1.0 - done / fade)
+
+
+def ema_momentum(config: Config, step: int) -> float:
+    """Momentum of the assignment network's average after step `step` (0-based): constant, of its own in warm-up.
+
+    With `assignment.ramp` (ours) it rises from 0.1 at the first step of co-training, so that what the average holds of
+    a decoder as it was initialised is gone at once, not after some 1 / (1 - momentum) steps.
+    """
+    assignment = config.assignment
+    if step < config.training.warmup_iters and assignment.warmup_momentum is not None:
+        return assignment.warmup_momentum
+    done = step - _cotraining_from(config.training)
+    return min(assignment.momentum, (1 + done) / (10 + done)) if assignment.ramp and done >= 0 else assignment.momentum
 
 
 def _cotraining_from(training: Training) -> int:

@@ -22,7 +22,7 @@ from cosa_ray.evaluation.description import ASSIGNMENT, CONFIG, ONLINE, Descript
 from cosa_ray.evaluation.trained import read_weights
 from cosa_ray.method.ema import MovingAverage
 from cosa_ray.method.network import build_network
-from cosa_ray.method.schedule import learning_rate
+from cosa_ray.method.schedule import ema_momentum, learning_rate
 from cosa_ray.method.threshold import DynamicThresholds
 from cosa_ray.training.storage import FULL_STATE
 
@@ -137,11 +137,7 @@ class TrainState:
         self.optimiser.found_inf = 1.0 - finite  # type: ignore[attr-defined]
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
-        assignment = config.assignment
-        momentum = assignment.momentum
-        if self.step < config.training.warmup_iters and assignment.warmup_momentum is not None:
-            momentum = assignment.warmup_momentum
-        self.average.update(momentum, finite)
+        self.average.update(ema_momentum(config, self.step), finite)
         self.step += 1
 
     def snapshot(self) -> Snapshot:

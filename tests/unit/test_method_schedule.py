@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch import nn
 
 from cosa_ray.config.schema import Config, Optimiser, Training
 from cosa_ray.method.ema import MovingAverage
-from cosa_ray.method.schedule import contrastive_weight, learning_rate, phase
+from cosa_ray.method.schedule import contrastive_weight, ema_momentum, learning_rate, phase
 
 
 @pytest.mark.golden
@@ -61,6 +63,24 @@ def test_separation_fades_over_a_share_of_cotraining():
         assert [contrastive_weight(config, step) for step in range(8, 18)] == pytest.approx(expected, abs=1e-12)
     with pytest.raises(ValueError, match="fade"):
         Config.model_validate(content | {"contrastive": {"fade": 0}})
+
+
+def test_the_average_forgets_how_the_decoder_was_initialised():
+    """With a ramp; without one its share after n steps of co-training is momentum^n."""
+
+    def share_of_the_start(**assignment) -> list[float]:
+        content = {"training": {"steps": 400, "warmup_iters": 8}, "assignment": {"momentum": 0.99} | assignment}
+        config = Config.model_validate(content | {"optimiser": {"warmup_steps": 0}})
+        return np.cumprod([ema_momentum(config, step) for step in range(400)]).tolist()
+
+    constant, ramp, own = share_of_the_start(), share_of_the_start(ramp=True), share_of_the_start(warmup_momentum=0.5)
+    assert constant == pytest.approx([0.99**n for n in range(1, 401)])
+    assert ramp[:8] == constant[:8], "nothing of it in warm-up"
+    # The product of (1 + k)/(10 + k) over k < n is 1 / C(n + 9, 9); 0.99 is reached at k = 890 only.
+    assert ramp[8 + 19] / ramp[7] == pytest.approx(1 / math.comb(29, 9))
+    assert own[8] == pytest.approx(0.5**8 * 0.99)
+    late = share_of_the_start(ramp=True, momentum=0.9)
+    assert late[-1] / late[-2] == pytest.approx(0.9)
 
 
 @pytest.mark.parametrize(("warmup", "release"), [(8, False), (7, True)])
