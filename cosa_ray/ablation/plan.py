@@ -225,7 +225,8 @@ def _groups(rows: Sequence[Config]) -> list[list[int]]:
     """Rows that agree on everything before they may part."""
     found: dict[str, list[int]] = {}
     for place, row in enumerate(rows):
-        own = {key: value for key, value in flatten(row).items() if not key.startswith(LATER)}
+        later = (*LATER, "assignment.momentum") if row.assignment.warmup_momentum is not None else LATER
+        own = {key: value for key, value in flatten(row).items() if not key.startswith(later)}
         found.setdefault(repr(sorted(own.items())), []).append(place)
     return list(found.values())
 

@@ -91,6 +91,16 @@ def test_rows_of_other_warm_ups_get_their_own(tmp_path: Path) -> None:
     assert {point["seed"] for point in alone.sweep.points} == {0, 1}
 
 
+@pytest.mark.parametrize(("own", "shared"), [("0.99", ["s-warm-up-seed0"]), ("null", [])])
+def test_rows_of_other_momenta_share_a_warm_up_that_has_a_momentum_of_its_own(
+    tmp_path: Path, own: str, shared: list[str]
+) -> None:
+    rows = "  - {name: a}\n  - {name: b, set: {assignment.momentum: 0.9}}"
+    more = f"set: {{assignment.warmup_momentum: {own}}}"
+    plan = plan_ablation(*load_ablation(write(tmp_path, rows, more), SHORT), "s", 1)
+    assert [warm_up.name for warm_up in plan.warm_ups] == shared
+
+
 def test_what_a_row_sets_holds_for_those_that_follow_however_it_is_written(tmp_path: Path) -> None:
     rows = """
   - {name: a, set: {losses: {contrastive: 0.0}, training.loss_stride: 4}}
