@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cosa_ray.cli.output import count_bar, json_only, progress_line, say, table
+from cosa_ray.cli.output import count_bar, json_only, progress_line, say, say_tracked, table
 from cosa_ray.cli.train import AsJson, Set
 
 if TYPE_CHECKING:
@@ -43,7 +43,6 @@ def ablate(
         from cosa_ray.ablation.plan import load_ablation
         from cosa_ray.ablation.study import Displays, run_ablation
         from cosa_ray.cli.tune import sweep_progress
-        from cosa_ray.tracking.ui import command_to_show
 
         ablation, experiment = load_ablation(file, set_ or [], base)
         study = run_ablation(
@@ -61,8 +60,7 @@ def ablate(
             say(f"stopped; continue with the same command and --name {name} --resume")
         else:
             print_study(study, as_json)
-        if study.parent_run_id and study.tracking_uri:
-            say(f"MLflow run {study.parent_run_id} and its children: {command_to_show(study.tracking_uri)}")
+        say_tracked(study.parent_run_id, study.tracking_uri, children=True)
         emit(study.as_json())
 
 

@@ -141,3 +141,11 @@ def metrics_table(title: str, metrics: dict[str, float]) -> None:
 def say(sentence: str) -> None:
     """A line for the person at the terminal, on stderr, so that pipes stay clean."""
     print(sentence, file=sys.stderr, flush=True)
+
+
+def say_tracked(run_id: str | None, tracking_uri: str | None, children: bool = False) -> None:
+    """Say where MLflow has a run, with its children, and how to look at it; nothing for what is not tracked."""
+    if run_id and tracking_uri:
+        from cosa_ray.tracking.ui import command_to_show
+
+        say(f"MLflow run {run_id}{' and its children' if children else ''}: {command_to_show(tracking_uri)}")

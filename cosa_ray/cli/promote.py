@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cosa_ray.cli.output import count_bar, json_only, say, table
+from cosa_ray.cli.output import count_bar, json_only, say, say_tracked, table
 from cosa_ray.cli.train import AsJson, Set
 
 if TYPE_CHECKING:
@@ -52,7 +52,6 @@ def promote(
         raise UserError("--retry-failed is for a promotion that is continued; add --resume.")
     with json_only(as_json) as emit:
         from cosa_ray.cli.tune import sweep_progress
-        from cosa_ray.tracking.ui import command_to_show
         from cosa_ray.tuning.promote import promote_sweep
 
         result = promote_sweep(
@@ -78,8 +77,7 @@ def promote(
             say(f"stopped; continue with the same command and --name {result.name} --resume")
         else:
             print_promotion(result, as_json)
-        if result.parent_run_id and result.tracking_uri:
-            say(f"MLflow run {result.parent_run_id} and its children: {command_to_show(result.tracking_uri)}")
+        say_tracked(result.parent_run_id, result.tracking_uri, children=True)
         emit(result.as_json())
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cosa_ray.cli.output import json_only, metrics_table, progress_line, say
+from cosa_ray.cli.output import json_only, metrics_table, progress_line, say, say_tracked
 
 File = Annotated[str, typer.Argument(help="Experiment file, by path or by the name of a shipped one.")]
 Set = Annotated[
@@ -41,7 +41,6 @@ def train(
 
         name = f"{Path(file).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     with json_only(as_json) as emit:
-        from cosa_ray.tracking.ui import command_to_show
         from cosa_ray.training.driver import train as run
 
         with progress_line() as show:
@@ -53,6 +52,5 @@ def train(
         say(f"checkpoints and config: {result.folder}")
         if result.state == "stopped":
             say(f"continue with: cosa-ray train {file} --name {result.name} --resume")
-        if result.mlflow_run_id and result.tracking_uri:
-            say(f"MLflow run {result.mlflow_run_id}: {command_to_show(result.tracking_uri)}")
+        say_tracked(result.mlflow_run_id, result.tracking_uri)
         emit(result.as_json())

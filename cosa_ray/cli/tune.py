@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cosa_ray.cli.output import PLAIN_SECONDS, heading, json_only, say, table
+from cosa_ray.cli.output import PLAIN_SECONDS, heading, json_only, say, say_tracked, table
 from cosa_ray.cli.train import AsJson, Set
 
 if TYPE_CHECKING:
@@ -46,7 +46,6 @@ def tune(
     sweep, base = load_sweep(file, set_ or [])
     name = name or f"{find_sweep(file).stem}-sweep-{time.strftime('%Y%m%d-%H%M%S')}"
     with json_only(as_json) as emit:
-        from cosa_ray.tracking.ui import command_to_show
         from cosa_ray.tuning.sweep import run_sweep
 
         with sweep_progress() as show:
@@ -67,8 +66,7 @@ def tune(
         if result.state == "stopped":
             words = "".join(f" --set {word}" for word in set_ or [])
             say(f"stopped; continue with: cosa-ray tune {file}{words} --name {name} --resume")
-        if result.parent_run_id and result.tracking_uri:
-            say(f"MLflow run {result.parent_run_id} and its children: {command_to_show(result.tracking_uri)}")
+        say_tracked(result.parent_run_id, result.tracking_uri, children=True)
         emit(result.as_json())
 
 
