@@ -82,7 +82,7 @@ def coco(
     val_part: Annotated[
         str | None,
         typer.Option(
-            help="List of the images of val that the subset val_part names [default: SRC/val_part.txt, if any]."
+            help="List of the images of val that the subset val_part names \\[default: SRC/val_part.txt, if any]."
         ),
     ] = None,
     strict: Strict = False,
@@ -106,7 +106,7 @@ def coco(
 def folder(
     source: From,
     out: Out,
-    labels: Annotated[str | None, typer.Option(help="Label file in SRC [default: labels.csv, labels.json].")] = None,
+    labels: Annotated[str | None, typer.Option(help="Label file in SRC \\[default: labels.csv, labels.json].")] = None,
     val_fraction: Annotated[float, typer.Option(help="Share of the images for val, when no split is given.")] = 0.0,
     strict: Strict = False,
     local: Local = False,
@@ -115,7 +115,7 @@ def folder(
     """Import a folder of your own: SRC/images, SRC/labels.csv or .json, and optionally SRC/masks and SRC/classes.txt.
 
     labels.csv: columns image, labels (names with ; between), optionally split - or one column of 0 and 1 a class.
-    labels.json: {image: [class, ...]} or {split: {image: [class, ...]}}. Masks: PNG of class indices (0 background,
+    labels.json: {image: \\[class, ...]} or {split: {image: \\[class, ...]}}. Masks: PNG of class indices (0 background,
     255 ignored) or of the colours in classes.txt (one class a line: name r g b).
 
     Example: cosa-ray data import folder photos datasets/photos --val-fraction 0.1
@@ -279,7 +279,7 @@ def show(
     images: Annotated[int, typer.Option(min=1, help="Images to show.")] = 8,
     config: Annotated[str | None, typer.Option(help="Experiment whose views are shown, by name or path.")] = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, max=2**63 - 1, help="Seed of the draw [default: the experiment's, else 0].")
+        int | None, typer.Option(min=0, max=2**63 - 1, help="Seed of the draw \\[default: the experiment's, else 0].")
     ] = None,
     as_json: AsJson = False,
 ) -> None:

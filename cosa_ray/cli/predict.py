@@ -97,7 +97,7 @@ def pseudo_labels(
 ) -> None:
     """Export a training set's pseudo-labels, restricted to its image-level labels, to train any supervised model.
 
-    Example: cosa-ray pseudo-labels voc-1 --dataset datasets/voc --split train_aug --out pseudo
+    Example: cosa-ray pseudo-labels voc-1 --dataset datasets/voc --split train --out pseudo
     """
     _predict(
         as_json,

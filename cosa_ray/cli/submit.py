@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
 Address = Annotated[
     str | None,
-    typer.Option(help="Dashboard of the Ray head, http://HOST:PORT; else RAY_ADDRESS, else cluster/current.yaml."),
+    typer.Option(
+        help="Dashboard of the Ray head, http://HOST:PORT; else RAY_API_SERVER_ADDRESS, RAY_ADDRESS, "
+        "cluster/current.yaml."
+    ),
 ]
 _PROGRESS = re.compile(r"\S+: step \d+/\d+ ")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Annotated
 
 import typer
@@ -13,6 +14,12 @@ Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; may be given several times.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
+
+
+def command_to_resume(verb: str, file: str, overrides: list[str] | None, name: str) -> str:
+    """What to type to go on with a run or sweep: a resume without the same overrides would be refused."""
+    words = [word for each in overrides or [] for word in ("--set", each)]
+    return shlex.join(["cosa-ray", verb, file, *words, "--name", name, "--resume"])
 
 
 def train(
@@ -51,6 +58,6 @@ def train(
             )
         say(f"checkpoints and config: {result.folder}")
         if result.state == "stopped":
-            say(f"continue with: cosa-ray train {file} --name {result.name} --resume")
+            say(f"stopped; continue with: {command_to_resume('train', file, set_, result.name)}")
         say_tracked(result.mlflow_run_id, result.tracking_uri)
         emit(result.as_json())

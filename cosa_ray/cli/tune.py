@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cosa_ray.cli.output import PLAIN_SECONDS, heading, json_only, say, say_tracked, table
-from cosa_ray.cli.train import AsJson, Set
+from cosa_ray.cli.train import AsJson, Set, command_to_resume
 
 if TYPE_CHECKING:
     from cosa_ray.tuning.sweep import SweepProgress, SweepResult
@@ -64,8 +64,7 @@ def tune(
         if result.best is not None:
             say(f"best configuration: {result.best_file} (cosa-ray train {result.best_file})")
         if result.state == "stopped":
-            words = "".join(f" --set {word}" for word in set_ or [])
-            say(f"stopped; continue with: cosa-ray tune {file}{words} --name {name} --resume")
+            say(f"stopped; continue with: {command_to_resume('tune', file, set_, name)}")
         say_tracked(result.parent_run_id, result.tracking_uri, children=True)
         emit(result.as_json())
 

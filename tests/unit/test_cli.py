@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
+from rich.text import Text
 
-from cosa_ray.cli.main import main
+from cosa_ray.cli.main import app, main
+from cosa_ray.cli.train import command_to_resume
 
 
 def run(words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
@@ -93,6 +99,28 @@ def test_help_and_version(words: list[str], expected: int, capsys: pytest.Captur
     assert code == expected
     assert "cosa-ray" in out + err
     assert "cosa-ray: " not in err
+
+
+def test_help_loses_no_bracket_to_markup() -> None:
+    """Rich takes `[class, ...]` for a style of its own and shows nothing, unless it is escaped."""
+
+    def sentences(command: Any) -> Iterator[str]:
+        yield command.help or ""
+        yield from (parameter.help or "" for parameter in command.params if hasattr(parameter, "help"))
+        for below in getattr(command, "commands", {}).values():
+            yield from sentences(below)
+
+    found = [each for each in sentences(typer.main.get_command(app)) if "[" in each]
+    assert len(found) >= 4
+    for sentence in found:
+        assert Text.from_markup(sentence).plain == sentence.replace("\\[", "[")
+
+
+def test_the_command_to_resume_holds_the_overrides_as_a_shell_reads_them() -> None:
+    words = ["losses.contrastive=0.2", "space.optimiser.lr={loguniform: [1e-4, 1e-2]}"]
+    command = shlex.split(command_to_resume("tune", "shapes", words, "first"))
+    assert command[:3] == ["cosa-ray", "tune", "shapes"]
+    assert command[3:] == ["--set", words[0], "--set", words[1], "--name", "first", "--resume"]
 
 
 def test_config_show_prints_every_setting_as_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

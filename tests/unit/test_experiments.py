@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from cosa_ray.tuning.sweepfile import load_sweep
 EXPERIMENTS = [name for name in shipped_experiments() if not name.startswith(("sweeps/", "ablations/"))]
 SWEEPS = [name for name in shipped_experiments() if name.startswith("sweeps/")]
 ABLATIONS = [name for name in shipped_experiments() if name.startswith("ablations/")]
+DOCS = Path(__file__).parents[2] / "docs"
 HEAD = ("Purpose:", "Hardware:", "Expected:", "Command:")
 
 
@@ -119,6 +121,19 @@ def test_ablation_validates(name: str) -> None:
     plan = plan_ablation(*load_ablation(name), "study", 3)
     check_sweep(plan.sweep, plan.base, name)
     assert plan.warm_ups
+
+
+@pytest.mark.parametrize(("page", "below"), [("sweeps.md", "space:"), ("ablations.md", "rows:")])
+def test_the_example_of_a_page_is_a_file_that_is_taken(page: str, below: str, tmp_path: Path) -> None:
+    blocks = re.findall(r"^```yaml\n(.*?)^```", (DOCS / page).read_text(), re.DOTALL | re.MULTILINE)
+    (example,) = [each for each in blocks if "base:" in each and below in each]
+    file = tmp_path / "example.yaml"
+    file.write_text(example.replace("../shapes.yaml", "shapes"))
+    if below == "rows:":
+        plan = plan_ablation(*load_ablation(file), "study", 3)
+        check_sweep(plan.sweep, plan.base, "study")
+    else:
+        check_sweep(*load_sweep(file), "study")
 
 
 @pytest.mark.parametrize("name", [name for name in EXPERIMENTS + SWEEPS + ABLATIONS if not name.startswith("presets/")])
