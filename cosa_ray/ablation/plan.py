@@ -147,6 +147,11 @@ def load_ablation(
 
 def plan_ablation(ablation: Ablation, base: Config, name: str, seeds: int) -> Plan:
     """The runs of a study under a name. Raises UserError for a row that is no experiment, or none of a study."""
+    if base.continue_from is not None:
+        raise UserError(
+            f"continue_from={base.continue_from}: a study's rows go on from its own warm-ups; leave it out, or start "
+            "these from the run's weights with init_from."
+        )
     rows = [_row(ablation, base, place) for place in range(len(ablation.rows))]
     for place, row in enumerate(ablation.rows):
         above = ablation.before(place)
@@ -162,6 +167,11 @@ def plan_ablation(ablation: Ablation, base: Config, name: str, seeds: int) -> Pl
         stop = _parting(rows, members)
         if stop < 1 or len(members) < 2:
             continue
+        if stop >= rows[members[0]].last_step:
+            raise UserError(
+                f"training.stop_at={base.training.stop_at} is not after step {stop}, up to which rows share their "
+                "warm-up; raise it, or leave it out."
+            )
         label = f"{name}-warm-up" + (f"-{number}" if len(groups) > 1 else "")
         for seed in numbers:
             changes = {"seed": seed, "training.stop_at": stop, "checkpoint.keep_full_state": True}
@@ -217,7 +227,10 @@ def _varied(base: Config, rows: Sequence[Config]) -> list[str]:
     keys = [key for key in tables[0] if any(table.get(key) != tables[0][key] for table in tables)]
     for key in keys:
         if any(isinstance(table.get(key), dict) for table in tables):
-            raise UserError(f"{key} differs between rows as a whole; set its single values in the rows.")
+            raise UserError(
+                f"{key} is set by a row, and a study cannot vary it: its settings are free in form; give each row's to "
+                "an experiment of its own, and compare those (`cosa-ray compare`)."
+            )
     return keys
 
 

@@ -18,12 +18,15 @@ from cosa_ray.ablation.table import description, markdown
 from cosa_ray.config.protocol import Protocol, load_protocol, own_protocol
 from cosa_ray.config.schema import Config
 from cosa_ray.errors import RunFailed, UserError
+from cosa_ray.evaluation.naming import best_metric
 from cosa_ray.training.storage import RunFolder
 from cosa_ray.tuning.check import check_sweep
-from cosa_ray.tuning.sweep import SWEEP_FILE, run_sweep
+from cosa_ray.tuning.metrics import sweep_metrics
+from cosa_ray.tuning.sweep import SWEEP_FILE, check_folder, check_sweep_name, divide, run_sweep, sweep_files
 
 if TYPE_CHECKING:
     import numpy as np
+    from matplotlib.figure import Figure
 
     from cosa_ray.reporting.evaluated import Evaluated
     from cosa_ray.training.session import Progress
@@ -72,7 +75,8 @@ class RowResult:
 class Study:
     """What a study came to: finished, or stopped before all runs had ended.
 
-    headline: the metric of the table. during: by metric, values and differences at the evaluations on the way.
+    headline: the metric of the table. during: by metric, values and differences at the evaluations on the way. place:
+    the folder of tables and figures, in the study's and in MLflow.
     """
 
     name: str
@@ -83,6 +87,7 @@ class Study:
     rows: list[RowResult] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     during: dict[str, list[During]] = field(default_factory=dict)
+    place: str = PLACE
     parent_run_id: str | None = None
     tracking_uri: str | None = None
 
@@ -106,6 +111,7 @@ def run_ablation(
     seeds: int,
     protocol: str | None = None,
     resume: bool = False,
+    retry_failed: bool = False,
     track: bool = True,
     displays: Displays | None = None,
     say: Callable[[str], None] = log.info,
@@ -113,8 +119,9 @@ def run_ablation(
     """Train every row with every seed, evaluate the last checkpoints, and compare; the function of the verb.
 
     Rows of one seed that agree on the warm-up go on from one checkpoint of it. The rows are a sweep called `name`, so
-    `resume` goes on after a stop or a kill. protocol: what is evaluated with, None is the runs' own over the whole
-    split. Results go into the sweep's folder. Raises UserError before anything starts, RunFailed when no run succeeded.
+    `resume` goes on after a stop or a kill, with `retry_failed` also with runs that failed. protocol: what is evaluated
+    with, None is the runs' own over the whole split. Results go into the sweep's folder, those under a protocol into a
+    folder of its name there. Raises UserError before anything starts, RunFailed when no run succeeded.
     """
     from cosa_ray.training.driver import resolve
     from cosa_ray.training.evaluating import check_protocols
@@ -133,32 +140,46 @@ def run_ablation(
     plan = plan_ablation(ablation, resolve(base, track), name, seeds)
     check_sweep(plan.sweep, plan.base, f"study {name}")
     check_protocols([read or own_protocol(plan.base)], plan.base)
+    sweep_metrics(plan.sweep, plan.base, f"study {name}")
     storage = plan.base.storage.rstrip("/")
-    swept = RunFolder(f"{storage}/{name}").exists(SWEEP_FILE)
+    folder = RunFolder(f"{storage}/{check_sweep_name(name)}")
+    swept = folder.exists(SWEEP_FILE)
     if swept and not resume:
         raise UserError(
             f"study {name} exists already in {storage}: continue it with --resume, or choose another --name."
         )
     if resume and not swept and not any(read_run(f"{storage}/{each.name}") for each in plan.warm_ups):
         raise UserError(f"there is no study {name} in {storage} to resume; start it without --resume.")
+    # What the sweep would refuse, before the warm-ups are trained.
+    check_folder(folder, name, sweep_files(plan.sweep, plan.base), swept)
     say(f"{name}: {len(ablation.rows)} rows with seeds {base.seed} to {base.seed + seeds - 1}")
     for line in plan.said:
         say(line)
     with ray_cluster():
+        divide(plan.sweep, plan.base, len(plan.points))
         for warm_up in plan.warm_ups:
             if not _warm_up(warm_up, track, displays):
                 return Study(name, f"{storage}/{name}", "stopped", "", [])
         with displays.sweeping() as show:
-            result = run_sweep(plan.sweep, plan.base, name=name, resume=swept, track=track, show=show, say=say)
+            result = run_sweep(
+                plan.sweep,
+                plan.base,
+                name=name,
+                resume=swept,
+                retry_failed=retry_failed and swept,
+                track=track,
+                show=show,
+                say=say,
+            )
         if result.state == "stopped":
             return Study(name, result.folder, "stopped", result.metric, [])
         evaluated = _evaluate(result, protocol, read, track, displays, say)
-    study = sum_up(ablation, plan, result, evaluated)
+    study = sum_up(ablation, plan, result, evaluated, f"{PLACE}/{read.name}" if read else PLACE)
     courses = Courses(study, result.folder.rpartition("/")[0])
     study = replace(study, during=courses.during())
     with tempfile.TemporaryDirectory(prefix="cosa-ray-ablation-") as local:
         _write(Path(local), study, courses)
-        RunFolder(result.folder).put(Path(local), PLACE)
+        RunFolder(result.folder).put(Path(local), study.place)
         _log(plan.base, study, Path(local))
     return study
 
@@ -169,15 +190,21 @@ def _write(folder: Path, study: Study, courses: Courses) -> None:
 
     (folder / RESULT_FILE).write_text(json.dumps(study.as_json(), indent=1), encoding="utf-8")
     (folder / TABLE_FILE).write_text(markdown(study), encoding="utf-8")
-    try:
-        differences_figure(study).savefig(folder / "differences.png")
+
+    def draw(file: str, make: Callable[[], Figure | None]) -> None:
+        try:
+            if (figure := make()) is not None:
+                figure.savefig(folder / file)
+        except Exception as error:
+            log.warning("study %s lacks %s: %s", study.name, file, error)
+
+    def over_steps() -> Figure | None:
         charts = courses.charts()
-        if charts:
-            courses_figure(study, charts, courses.names).savefig(folder / "courses.png")
-        if study.during:
-            during_figure(study).savefig(folder / "during.png")
-    except Exception as error:
-        log.warning("study %s lacks a figure: %s", study.name, error)
+        return courses_figure(study, charts, courses.names) if charts else None
+
+    draw("differences.png", lambda: differences_figure(study))
+    draw("courses.png", over_steps)
+    draw("during.png", lambda: during_figure(study) if study.during else None)
 
 
 def _log(base: Config, study: Study, folder: Path) -> None:
@@ -196,9 +223,9 @@ def _log(base: Config, study: Study, folder: Path) -> None:
         metrics={},
         step=0,
         artifacts=folder,
-        place=PLACE,
+        place=study.place,
         # In place of the sweep's, whose best trial and importance are not what a study asks.
-        tags={"mlflow.note.content": description(study, PLACE)},
+        tags={"mlflow.note.content": description(study)},
     )
 
 
@@ -243,24 +270,22 @@ def _evaluate(
 
 def _evaluated(folder: str, protocol: Protocol | None) -> Evaluated | None:
     """The evaluation of a run's last checkpoint under a protocol (None: its own) that is there already."""
-    from cosa_ray.config.protocol import own_protocol
     from cosa_ray.reporting.evaluated import Evaluated
-    from cosa_ray.training.evaluating import read_evaluations
+    from cosa_ray.training.evaluating import evaluation_of
     from cosa_ray.training.runs import find_run
 
     run = find_run(folder)
-    config, last = run.config(), run.last()
-    wanted = protocol or own_protocol(config)
-    data = (last.name, config.data.dataset, wanted.split or config.data.val_split)
-    for place, report in read_evaluations(run):
-        same = (report.checkpoint, report.dataset, report.split) == data
-        if same and Protocol.model_validate(report.protocol) == wanted:
-            return Evaluated(run, place, report)
-    return None
+    found = evaluation_of(run, run.last(), protocol or own_protocol(run.config()))
+    return None if found is None else Evaluated(run, *found)
 
 
-def sum_up(ablation: Ablation, plan: Plan, result: SweepResult, evaluated: Mapping[str, Evaluated]) -> Study:
-    """Rows with values and differences, from the evaluations of the runs of a sweep whose points the plan lists."""
+def sum_up(
+    ablation: Ablation, plan: Plan, result: SweepResult, evaluated: Mapping[str, Evaluated], where: str = PLACE
+) -> Study:
+    """Rows with values and differences, from the evaluations of the runs of a sweep whose points the plan lists.
+
+    where: the study's `place`.
+    """
     if not evaluated:
         raise RunFailed(f"study {result.name}: no run has come to an evaluation (folder {result.folder}).")
     at = {trial.id: plan.points[trial.configuration] for trial in result.trials}
@@ -293,7 +318,7 @@ def sum_up(ablation: Ablation, plan: Plan, result: SweepResult, evaluated: Mappi
         rows.append(RowResult(arm.name, dict(arm.set), after, runs[place], metrics, differences))
     failed = [f"{trial.name}: {trial.cause or trial.state}" for trial in result.trials if trial.id not in evaluated]
     seeds = sorted({seed for _, seed in plan.points})
-    headline = f"{prefix}/miou"
+    headline = best_metric(plan.base, prefix)
     return Study(
         result.name,
         result.folder,
@@ -302,6 +327,7 @@ def sum_up(ablation: Ablation, plan: Plan, result: SweepResult, evaluated: Mappi
         seeds,
         rows,
         failed,
+        place=where,
         parent_run_id=result.parent_run_id,
         tracking_uri=result.tracking_uri,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cosa_ray.ablation.numbers import seeds_words
+from cosa_ray.tuning.promotion import markdown_line
 
 if TYPE_CHECKING:
     from cosa_ray.ablation.numbers import Difference
@@ -40,8 +41,8 @@ def markdown(study: Study) -> str:
     return "\n".join(parts)
 
 
-def description(study: Study, place: str) -> str:
-    """A study's rows in a few lines of Markdown, for MLflow's page of it; place: the folder of its artifacts."""
+def description(study: Study) -> str:
+    """A study's rows in a few lines of Markdown, for MLflow's page of it."""
     shown = [
         COLUMNS.index(name) for name in ("row", "mean ± deviation", "follows", "difference", "95 % interval", "verdict")
     ]
@@ -50,13 +51,13 @@ def description(study: Study, place: str) -> str:
         f"**Study {study.name}**: {study.headline} of last checkpoints, {seeds_words(study.seeds)}",
         _table(lines).rstrip(),
         *(f"Without a result: {failure}" for failure in study.failed),
-        f"All metrics, and figures of the differences over training: under Artifacts, in `{place}/`",
+        f"All metrics, and figures of the differences over training: under Artifacts, in `{study.place}/`",
     ]
     return "\n\n".join(parts)
 
 
 def _table(lines: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+    return "\n".join(map(markdown_line, lines)) + "\n"
 
 
 def _cell(found: Difference | None) -> str:

@@ -25,6 +25,9 @@ def ablate(
         str | None, typer.Option(help="Protocol the last checkpoints are evaluated with; the runs' own without it.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the study of this name.")] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="With --resume: failed runs go on from their last checkpoint.")
+    ] = False,
     no_track: Annotated[bool, typer.Option("--no-track", help="Without MLflow.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -52,6 +55,7 @@ def ablate(
             seeds=seeds,
             protocol=protocol,
             resume=resume,
+            retry_failed=retry_failed,
             track=not no_track,
             displays=Displays(progress_line, sweep_progress, count_bar),
             say=say,
@@ -75,4 +79,4 @@ def print_study(study: Study, as_json: bool) -> None:
         )
     for failure in study.failed:
         say(f"no result: {failure}")
-    say(f"all metrics and figures: {study.folder}/ablation/")
+    say(f"all metrics and figures: {study.folder}/{study.place}/")

@@ -78,7 +78,7 @@ def _show(found: Comparison) -> None:
     table(
         "what is compared",
         ["", "name", "kind", "runs", "steps", "cost a run", "wall time a run"],
-        _plain([_side(side) for side in found.sides]),
+        [_side(side) for side in found.sides],
     )
     if len(letters) > _WIDE:
         say(f"Settings, metrics and classes of more than {_WIDE} do not fit here; --json and --html have them.")
@@ -94,12 +94,12 @@ def _show_values(found: Comparison, letters: list[str]) -> None:
         table(
             "settings that differ",
             ["setting", *letters],
-            _plain([[row["key"], *settings(row["values"])] for row in found.config]),
+            [[row["key"], *settings(row["values"])] for row in found.config],
         )
     table(
         "metrics (difference from A, 95 % paired interval over images)",
         ["metric", "of", *against],
-        _plain([_metric(row) for row in found.metrics if row.is_shared]),
+        [_metric(row) for row in found.metrics if row.is_shared],
     )
     if alone := sum(not row.is_shared for row in found.metrics):
         say(f"{alone} metrics that only one of them has are left out here; --json and --html have them.")
@@ -107,15 +107,8 @@ def _show_values(found: Comparison, letters: list[str]) -> None:
         table(
             f"IoU per class, {found.classes_of}",
             ["class", *against],
-            _plain([[row["class"], *_with_differences(row["values"], row["differences"])] for row in found.per_class]),
+            [[row["class"], *_with_differences(row["values"], row["differences"])] for row in found.per_class],
         )
-
-
-def _plain(rows: list[list[str]]) -> list[list[str]]:
-    """Cells of a table as they are: rich takes brackets for its markup."""
-    from rich.markup import escape
-
-    return [[escape(cell) for cell in row] for row in rows]
 
 
 def _side(side: dict[str, Any]) -> list[str]:

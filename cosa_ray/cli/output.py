@@ -110,15 +110,16 @@ def _and_aside(count: int) -> str:
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """Print a table on stdout."""
+    """Print a table on stdout; text is shown as it is, brackets and all."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    shown = Table(title=title, title_justify="left")
+    shown = Table(title=escape(title), title_justify="left")
     for index, column in enumerate(columns):
-        shown.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+        shown.add_column(escape(column), justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
-        shown.add_row(*row)
+        shown.add_row(*map(escape, row))
     # Piped output keeps its full width: a folded table cannot be read by a script.
     Console(width=None if sys.stdout.isatty() else 160).print(shown)
 

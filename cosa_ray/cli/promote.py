@@ -104,7 +104,7 @@ def print_promotion(result: Promotion, as_json: bool) -> None:
     if result.margin is not None:
         difference, error = result.margin
         known = "unknown with one seed" if error is None else f"standard error over seeds {error:.4f}"
-        ahead = f", {abs(difference):.4f} better than the next ({known})"
+        ahead = f", {abs(difference):.4f} better than the next with all its seeds ({known})"
     say(f"winner: {result.metric} {spread.shown()} over {spread.count} seeds{ahead}")
     say(f"its best run: {result.model.name} ({result.model.metrics[result.metric]:.4f}; quote the mean, not this)")
     if (version := result.registered) is not None:

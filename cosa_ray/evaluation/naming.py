@@ -24,7 +24,7 @@ def protocol_prefix(protocol: Protocol, split: str, images: int) -> str:
 
 def best_metric(config: Config, prefix: str) -> str:
     """The metric that says which checkpoint is best: AN's plain mIoU, the best CAM mIoU in a classifier-only run."""
-    trains_decoder = config.training.warmup_iters < config.training.steps
+    trains_decoder = config.training.warmup_iters < config.last_step
     return f"{prefix}/{'miou' if trains_decoder else 'cam_miou_best'}"
 
 

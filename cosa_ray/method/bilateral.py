@@ -38,7 +38,7 @@ class BilateralLattice:
             ValueError: the deviations are so small that lattice points cannot be numbered in 62 bits.
         """
         batch, _, height, width = images.shape
-        self.batch, self.height, self.width = batch, height, width
+        self.batch = batch
         extent = [(width - 1) / sigma_xy, (height - 1) / sigma_xy, *[255 / sigma_rgb] * 3]
         radix, lowest = _radix(extent)
         strides = [math.prod(radix[axis + 1 :]) for axis in range(DIMENSIONS)]

@@ -55,9 +55,9 @@ def ema_momentum(config: Config, step: int) -> float:
     a decoder as it was initialised is gone at once, not after some 1 / (1 - momentum) steps.
     """
     assignment = config.assignment
-    if step < config.training.warmup_iters and assignment.warmup_momentum is not None:
-        return assignment.warmup_momentum
     done = step - _cotraining_from(config.training)
+    if done < 0 and assignment.warmup_momentum is not None:
+        return assignment.warmup_momentum
     return min(assignment.momentum, (1 + done) / (10 + done)) if assignment.ramp and done >= 0 else assignment.momentum
 
 

@@ -88,7 +88,6 @@ class _Plan(NamedTuple):
 def classification_step(
     online: nn.Module,
     micro_batches: Sequence[MicroBatch],
-    config: Config,
     *,
     global_batch: int,
     world: int = 1,

@@ -29,7 +29,14 @@ from cosa_ray.reporting.subjects import Side, some
 from cosa_ray.training.runs import Run
 
 # Settings that say how a run measures itself, and that its metrics' names do not show.
-_MEASURING = ("data.dataset", "evaluation.size", "evaluation.scales", "evaluation.flip", "views.crop")
+_MEASURING = (
+    "data.dataset",
+    "evaluation.size",
+    "evaluation.scales",
+    "evaluation.flip",
+    "evaluation.presence",
+    "views.crop",
+)
 _IOU = "/iou/"  # before the class, in the names of single classes' metrics, which have a table of their own
 EVALUATION, BEST, LAST = "evaluation", "best checkpoint", "last step"
 
@@ -61,8 +68,7 @@ class MetricRow:
 class Verdict:
     """What the headline metric says of one side against the first, in numbers and in a sentence.
 
-    within_noise: the interval over images holds 0, or the difference is below twice its standard error over seeds;
-    None where neither is known.
+    within_noise: the interval over images holds 0, or the one over seeds does; None where neither is known.
     """
 
     letter: str
@@ -294,10 +300,10 @@ def _verdict(first: Side, side: Side, row: MetricRow, place: int, images: int) -
     assert before is not None
     assert value is not None
     assert difference is not None
-    interval, error = row.intervals[place], _seeds_error(row, place)
+    interval, half = row.intervals[place], _over_seeds(row, place)
     amount = f"{abs(difference):.4f} {'above' if difference > 0 else 'below'}" if difference else "level with"
     words = f"{side.shown} is {amount} {first.shown} in {row.name} ({value:.4f} against {before:.4f})"
-    noise = None if error is None else abs(difference) < 2 * error
+    noise = None if half is None else abs(difference) <= half
     if interval is None:
         words += f", by the {row.source}, of which there is no interval over images."
     else:
@@ -310,9 +316,9 @@ def _verdict(first: Side, side: Side, row: MetricRow, place: int, images: int) -
             else f": more than the choice of images explains ({between})."
         )
     words += " " + _about_seeds(first, side, row, place)
-    if error is not None:
-        words += f" The difference is {'less' if abs(difference) < 2 * error else 'more'} than twice its standard "
-        words += f"error over seeds, {error:.4f}."
+    if half is not None:
+        words += f" Over seeds its 95 % interval is {difference - half:+.4f} to {difference + half:+.4f}, which "
+        words += "holds 0." if abs(difference) <= half else "does not hold 0."
     return Verdict(
         side.letter, row.name, (before, value), difference, interval, images if interval else None, noise, words
     )
@@ -330,12 +336,24 @@ def _about_seeds(first: Side, side: Side, row: MetricRow, place: int) -> str:
     return f"Standard deviation over seeds, which the interval does not cover: {', '.join(said)}."
 
 
-def _seeds_error(row: MetricRow, place: int) -> float | None:
-    """Standard error over seeds of the difference of two groups' means; None where either has one run."""
-    deviations = row.deviations[0], row.deviations[place]
-    if deviations[0] is None or deviations[1] is None:
+def _over_seeds(row: MetricRow, place: int) -> float | None:
+    """Half of the 95 % interval over seeds of the difference of two groups' means; None where either has one run.
+
+    Welch's: groups need not spread alike, nor have as many runs (Welch 1947, degrees of freedom by Satterthwaite).
+    """
+    from scipy.stats import t
+
+    first, second = row.deviations[0], row.deviations[place]
+    if first is None or second is None:
         return None
-    return math.sqrt(deviations[0] ** 2 / row.counts[0] + deviations[1] ** 2 / row.counts[place])
+    shares = first**2 / row.counts[0], second**2 / row.counts[place]
+    error = math.sqrt(sum(shares))
+    if error == 0.0:
+        return 0.0
+    freedom = sum(shares) ** 2 / sum(
+        share**2 / (count - 1) for share, count in zip(shares, (row.counts[0], row.counts[place]), strict=True)
+    )
+    return float(t.ppf(0.975, freedom)) * error
 
 
 def _config(sides: Sequence[Side]) -> list[dict[str, Any]]:

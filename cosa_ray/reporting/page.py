@@ -275,7 +275,8 @@ def _meanings() -> str:
         "replacement, the same for all sides, and the difference of their mIoUs is taken. It says how much the "
         "difference depends on which images are in the split. It says nothing about seeds.",
         "within noise": "The interval holds 0: with other images of the same kind the difference could be nothing, or "
-        "the other way round. Or, of two groups, the difference is less than twice its standard error over seeds.",
+        "the other way round. Or, of two groups of seeds, the 95 % interval over seeds holds it.",
+        "interval over seeds": "Welch's, of two groups' means: of two seeds each it is wide, as it has to be.",
         "± and n": "Standard deviation over the runs of a group that differ in their seed only, and how many they are.",
         "cost": "Wall time of the workers times their GPUs, or CPU threads, up to the last checkpoint; the mean over a "
         "side's runs. Of a sweep it is that of the best trial alone.",

@@ -217,6 +217,17 @@ def read_evaluations(run: Run) -> Iterator[tuple[str, Report]]:
                 yield place, Report(**json.loads(text))
 
 
+def evaluation_of(run: Run, entry: CheckpointEntry, protocol: Protocol) -> tuple[str, Report] | None:
+    """(where it lies, report) of a checkpoint's evaluation on the run's own data under a protocol; None without one."""
+    data = run.config().data
+    wanted = (entry.name, data.dataset, protocol.split or data.val_split)
+    for place, report in read_evaluations(run):
+        same = (report.checkpoint, report.dataset, report.split) == wanted
+        if same and Protocol.model_validate(report.protocol) == protocol:
+            return place, report
+    return None
+
+
 def _place(prefix: str, step: int) -> str:
     """Where an evaluation lies, below the run's folder and among its artifacts."""
     return f"{EVALUATIONS}/{prefix.replace('/', '.')}/step_{step:08d}"

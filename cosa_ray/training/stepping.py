@@ -75,7 +75,7 @@ class Stepper:
             )
         else:
             classification = self._wrap("warmup", state.online.classification)
-            output = classification_step(classification, micro_batches, config, **common)
+            output = classification_step(classification, micro_batches, **common)
             if now == "filling":
                 filled = fill_step(
                     state.assignment,

@@ -67,15 +67,15 @@ def check_sweep(sweep: Sweep, base: Config, where: str) -> None:
         raise UserError(f"{where}: budget.cpu_hours, but trials have GPUs; use budget.gpu_hours.")
 
 
-def wanted(sweep: Sweep) -> int:
-    """Configurations the sweep tries; with points from earlier runs only those are known before it starts."""
+def wanted(sweep: Sweep, earlier: int | None = None) -> int:
+    """Configurations the sweep tries; `earlier`: how many earlier runs there are, None before it is known."""
     if sweep.search == "grid":
         return len(grid_points(sweep.space))
-    if sweep.trials is not None:
-        return sweep.trials
-    if sweep.search == "points":
-        return len(sweep.points) + (sweep.earlier.best if sweep.earlier else 0)
-    return 8
+    if sweep.search == "points":  # only those there are, however many were asked for
+        best = sweep.earlier.best if sweep.earlier else 0
+        there = len(sweep.points) + (best if earlier is None else min(best, earlier))
+        return there if sweep.trials is None else min(sweep.trials, there)
+    return 8 if sweep.trials is None else sweep.trials
 
 
 def complete(sweep: Sweep, base: Config, point: Mapping[str, Any], where: str = "point") -> dict[str, Any]:
@@ -132,7 +132,7 @@ def grace_steps(sweep: Sweep, base: Config, where: str) -> int:
         )
     if grace >= steps[1]:
         raise UserError(
-            f"{where}: the first rung at step {grace} ({arithmetic}) is not before training.steps {steps[1]:g}, "
+            f"{where}: the first rung at step {grace} ({arithmetic}) is not before the last step {steps[1]:g}, "
             "so no trial would ever be given up; lengthen training, evaluate more often, or use scheduler: none."
         )
     return grace
@@ -154,7 +154,7 @@ def rungs(sweep: Sweep, base: Config, where: str = "sweep") -> list[int]:
 
 def generations(sweep: Sweep, base: Config, where: str = "sweep") -> list[int]:
     """Steps at which a population copies and varies. Raises UserError when it never could."""
-    for key in ("training.steps", "training.warmup_iters", "evaluation.every"):
+    for key in ("training.steps", "training.stop_at", "training.warmup_iters", "evaluation.every"):
         if key in sweep.space:
             raise UserError(f"{where}: with scheduler: pbt all trials go the same way, so {key} cannot vary.")
     for key, dimension in sweep.space.items():
@@ -171,12 +171,12 @@ def generations(sweep: Sweep, base: Config, where: str = "sweep") -> list[int]:
     step = sweep.pbt.every or every
     if step % every:
         raise UserError(f"{where}: pbt.every {step} is no multiple of evaluation.every {every}, so nobody has a score.")
-    grace = 0 if training.warmup_iters >= training.steps else training.warmup_iters
-    at = [number for number in range(step, training.steps, step) if number > grace]
+    grace = 0 if training.warmup_iters >= base.last_step else training.warmup_iters
+    at = [number for number in range(step, base.last_step, step) if number > grace]
     if not at:
         raise UserError(
             f"{where}: no generation of pbt.every {step} steps lies between training.warmup_iters "
-            f"{training.warmup_iters} and training.steps {training.steps}; lower pbt.every."
+            f"{training.warmup_iters} and the last step {base.last_step}; lower pbt.every."
         )
     if wanted(sweep) < 2:
         raise UserError(f"{where}: a population needs two trials or more; raise trials.")
@@ -184,12 +184,16 @@ def generations(sweep: Sweep, base: Config, where: str = "sweep") -> list[int]:
 
 
 def _lengths(sweep: Sweep, base: Config) -> list[tuple[float, float]]:
-    """Smallest and largest warm-up, evaluation interval and length of the trials."""
-    return [
+    """Smallest and largest warm-up, evaluation interval and step that a trial ends at."""
+    warmup, every, length = (
         extremes(sweep.space, value, key)
         for key, value in (
             ("training.warmup_iters", base.training.warmup_iters),
             ("evaluation.every", base.evaluation.every),
             ("training.steps", base.training.steps),
         )
-    ]
+    )
+    if base.training.stop_at is not None or "training.stop_at" in sweep.space:
+        stop = extremes(sweep.space, base.last_step, "training.stop_at")
+        length = min(length[0], stop[0]), min(length[1], stop[1])
+    return [warmup, every, length]

@@ -31,14 +31,21 @@ def earlier_runs(sweep: Sweep, base: Config, metrics: Mapping[str, Mode], folder
     """
     if sweep.earlier is None:
         return []
-    if (text := folder.read_text(FILE)) is not None:
-        return [
-            Known(each["name"], {key: as_value(v) for key, v in each["values"].items()}, tuple(each["scores"]))
-            for each in json.loads(text)
-        ]
+    if (kept := kept_earlier(folder)) is not None:
+        return kept
     found = _search(sweep, base, metrics, where)
     sign = 1.0 if next(iter(metrics.values())) == "max" else -1.0
     return sorted(found, key=lambda known: -sign * known.scores[0])
+
+
+def kept_earlier(folder: RunFolder) -> list[Known] | None:
+    """What an earlier start of the sweep found, best first; None before there was one."""
+    if (text := folder.read_text(FILE)) is None:
+        return None
+    return [
+        Known(each["name"], {key: as_value(v) for key, v in each["values"].items()}, tuple(each["scores"]))
+        for each in json.loads(text)
+    ]
 
 
 def keep_earlier(folder: RunFolder, known: list[Known]) -> None:
@@ -97,7 +104,7 @@ def _values(sweep: Sweep, params: Mapping[str, str]) -> dict[str, Any] | None:
     except Outside:
         return None
     tied = [name for name in values if sweep.space[name].same is not None]
-    return values if all(alike(at(read, name), values[name]) for name in tied) else None
+    return values if all(alike(as_value(at(read, name)), values[name]) for name in tied) else None
 
 
 def _read(text: str) -> Any:

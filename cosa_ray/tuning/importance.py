@@ -47,7 +47,8 @@ class Importance:
 
 
 def study_of(space: Space, entries: Sequence[Entry], metrics: Mapping[str, Mode]) -> Study:
-    """Every configuration as a trial of Optuna's, in order: the mean over its repeats, pruned, failed or running.
+    """Every configuration as a trial of Optuna's, in order: the mean over its repeats, pruned (by the scheduler or the
+    budget), failed or running.
 
     user_attrs: the numbers of its `trials`, and their mean `scores` where there are any, also of pruned ones.
     """
@@ -80,11 +81,12 @@ def _of_metric(study: Study, entries: Sequence[Entry], metrics: Mapping[str, Mod
         return Importance(configurations=len(scored), note="only one setting varies")
     early, step = _early(trials, entries, metrics)
     having = _having(trials, scored)
-    shares = _fanova([trial for trial in trials if trial.number in scored], having.pop(tuple(scored), []), scored)
+    common = having.pop(tuple(scored), [])
+    shares = _fanova([trial for trial in trials if trial.number in scored], common, scored)
     conditional: dict[str, float] = {}
     among: dict[str, int] = {}
     for numbers, names in having.items():
-        found = _fanova([trials[number] for number in numbers], [*shares, *names], scored)
+        found = _fanova([trials[number] for number in numbers], [*common, *names], scored)
         conditional |= {name: found[name] for name in names if name in found}
         among |= {name: len(numbers) for name in names if name in found}
     by_then = _fanova([trials[number] for number in early], _having(trials, early).get(tuple(early), []), early)
@@ -92,7 +94,8 @@ def _of_metric(study: Study, entries: Sequence[Entry], metrics: Mapping[str, Mod
     if len(scored) < FEWEST:
         note = f"it takes {FEWEST} configurations that ran to their end, and there are {len(scored)}"
     elif not shares:
-        note = "all configurations have the same score"
+        same = len(set(scored.values())) < 2
+        note = "all configurations have the same score" if same else "only one setting varies in all of them"
     return Importance(shares, len(scored), conditional, among, by_then, step, note)
 
 
@@ -102,12 +105,14 @@ def _early(
     """Best evaluations up to the last step that all reached, by number in the study; none where nobody was given up."""
     from optuna.trial import TrialState
 
-    if not any(trial.state == TrialState.PRUNED for trial in trials):
+    groups = list(by_configuration(entries).values())
+    if not any(entry.state == "stopped_early" for group in groups for entry in group):
         return {}, None
     ((metric, mode),) = metrics.items()
     courses: dict[int, list[tuple[int, float]]] = {}
-    for trial, group in zip(trials, by_configuration(entries).values(), strict=True):
-        if trial.state in (TrialState.PRUNED, TrialState.COMPLETE):
+    for trial, group in zip(trials, groups, strict=True):
+        cut = any(entry.state == "interrupted" for entry in group)  # by the budget, wherever it was
+        if trial.state in (TrialState.PRUNED, TrialState.COMPLETE) and not cut:
             course = [(each.step, each.metrics.get(metric, math.nan)) for each in group[0].reports]
             courses[trial.number] = [(step, value) for step, value in course if math.isfinite(value)]
     until = min(course[-1][0] for course in courses.values())
@@ -130,7 +135,7 @@ def _fanova(trials: Sequence[FrozenTrial], names: Sequence[str], scored: Mapping
     import optuna
     from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 
-    if len(trials) < FEWEST or not names or len({scored[trial.number] for trial in trials}) < 2:
+    if len(trials) < FEWEST or len(names) < 2 or len({scored[trial.number] for trial in trials}) < 2:
         return {}
     if len(trials) > MOST:
         drawn = np.random.default_rng(0).choice(len(trials), MOST, replace=False)

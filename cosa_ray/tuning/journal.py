@@ -66,10 +66,6 @@ class Entry:
         since = self.lineage[-1]["step"] if self.lineage else 0
         return [report for report in self.reports if report.step >= since]
 
-    def scores(self, metric: str) -> list[float]:
-        """The values of a metric for the weights it has, oldest first."""
-        return [report.metrics[metric] for report in self.own_reports() if metric in report.metrics]
-
 
 class Journal:
     """The entries of a sweep's folder, read once and then kept in step with it."""

@@ -34,6 +34,7 @@ _NAMING = (
     "evaluation.presence",
     "data.val_split",
     "training.steps",
+    "training.stop_at",
     "training.warmup_iters",
 )
 
@@ -42,7 +43,7 @@ def reported(config: Config, classes: Sequence[str], images: int) -> list[str]:
     """Names of the metrics that a run of this config reports; `images` is the size of its validation split."""
     fixed = f"miou_at_{config.evaluation.cam_threshold:g}"
     names = [*_CAMS, f"cam_{fixed}", f"cam_aux_{fixed}"]
-    if config.training.warmup_iters < config.training.steps:
+    if config.training.warmup_iters < config.last_step:
         predicted = [] if config.evaluation.presence is None else _PREDICTED
         names = [
             *_SEGMENTATION,

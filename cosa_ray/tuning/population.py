@@ -18,6 +18,7 @@ from cosa_ray.training.storage import RunFolder
 from cosa_ray.tuning.journal import ENDED, Entry, Journal
 from cosa_ray.tuning.space import Dimension, Space, sample
 from cosa_ray.tuning.sweepfile import Mode, Sweep
+from cosa_ray.tuning.values import as_value
 
 FOLDER = "generations"
 
@@ -66,7 +67,7 @@ class Generations:
         for number, said in plan.items():
             entry, donor = self._journal[int(number)], self._journal[said["donor"]]
             if not any(done["step"] == step for done in entry.lineage):
-                values = {key: tuple(v) if isinstance(v, list) else v for key, v in said["values"].items()}
+                values = {key: as_value(v) for key, v in said["values"].items()}
                 self._copy(entry, donor, step, values)
                 self._journal.copied(entry.number, donor.number, step, values)
         self._publish(step, plan)

@@ -184,17 +184,12 @@ def _evaluate(
 
 def _evaluated(trial: TrialResult, protocol: Protocol) -> Report | None:
     """The evaluation of a run's best checkpoint under a protocol that is there already."""
-    from cosa_ray.training.evaluating import read_evaluations
+    from cosa_ray.training.evaluating import evaluation_of
     from cosa_ray.training.runs import find_run
 
     run = find_run(trial.folder)
-    entry, data = run.best(), run.config().data
-    wanted = (entry.name, data.dataset, protocol.split or data.val_split)
-    for _, report in read_evaluations(run):
-        same = (report.checkpoint, report.dataset, report.split) == wanted
-        if same and Protocol.model_validate(report.protocol) == protocol:
-            return report
-    return None
+    found = evaluation_of(run, run.best(), protocol)
+    return None if found is None else found[1]
 
 
 def _sum_up(source: Source, plan: Plan, result: SweepResult, evaluated: Mapping[str, Sequence[Report]]) -> Promotion:

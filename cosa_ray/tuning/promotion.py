@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from cosa_ray.tuning.sweepfile import Mode
+from cosa_ray.tuning.values import shortly
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,11 @@ class Configuration:
         """The runs that came to their end."""
         return [run for run in self.runs if run.state == "finished"]
 
+    @property
+    def whole(self) -> bool:
+        """True when all its seeds came to their end."""
+        return len(self.finished) == len(self.runs)
+
     def spread(self, metric: str) -> Spread | None:
         """A metric over the seeds that have it; None where none has."""
         values = [run.metrics[metric] for run in self.finished if metric in run.metrics]
@@ -65,7 +71,7 @@ class Configuration:
 
     def changes(self) -> str:
         """The settings that the search chose, as words."""
-        return ", ".join(f"{key}={_short(value)}" for key, value in self.values.items())
+        return ", ".join(f"{key}={shortly(value)}" for key, value in self.values.items())
 
 
 @dataclass(frozen=True)
@@ -111,9 +117,10 @@ class Promotion:
     def margin(self) -> tuple[float, float | None] | None:
         """(how far the winner's mean is from the second's, standard error over seeds of that); None without a second.
 
-        The standard error is None where either has a single seed.
+        Of those with all seeds, as the ranking has them first. The standard error is None where either has one seed.
         """
-        found = [spread for each in self.configurations[:2] if (spread := each.spread(self.metric)) is not None]
+        whole = [each for each in self.configurations if each.whole]
+        found = [spread for each in whole[:2] if (spread := each.spread(self.metric)) is not None]
         if self.winner is None or len(found) < 2:
             return None
         first, second = found
@@ -130,7 +137,7 @@ class Promotion:
         """A configuration in the table of results."""
         runs = configuration.finished
         steps = sorted({run.step for run in runs})
-        seeds = f"{len(runs)}" if len(runs) == len(configuration.runs) else f"{len(runs)} of {len(configuration.runs)}"
+        seeds = f"{len(runs)}" if configuration.whole else f"{len(runs)} of {len(configuration.runs)}"
         experiment = f"`{self.experiment}`" if self.experiment else ""
         return [
             f"{experiment}{' with ' if experiment else ''}{configuration.changes()}",
@@ -146,12 +153,16 @@ class Promotion:
     def markdown(self) -> str:
         """The table of results, best first."""
         return "\n".join(
-            [_line(self.head()), _line(["---"] * len(self.head())), *(_line(self.row(c)) for c in self.configurations)]
+            [
+                markdown_line(self.head()),
+                markdown_line(["---"] * len(self.head())),
+                *(markdown_line(self.row(c)) for c in self.configurations),
+            ]
         )
 
     def markdown_row(self) -> str | None:
         """The winner's line of it."""
-        return _line(self.row(self.winner)) if self.winner is not None else None
+        return markdown_line(self.row(self.winner)) if self.winner is not None else None
 
     def as_json(self) -> dict[str, Any]:
         """A JSON-ready mapping, with means and deviations of all metrics, the winner, its model and its row."""
@@ -174,8 +185,11 @@ class Promotion:
 
         def key(configuration: Configuration) -> tuple[bool, bool, float]:
             spread = configuration.spread(self.metric)
-            whole = len(configuration.finished) == len(configuration.runs)
-            return spread is None, not whole, -sign(self.mode) * spread.mean if spread is not None else 0.0
+            return (
+                spread is None,
+                not configuration.whole,
+                -sign(self.mode) * spread.mean if spread is not None else 0.0,
+            )
 
         return replace(self, configurations=sorted(self.configurations, key=key))
 
@@ -202,9 +216,6 @@ def _cost(hours: Sequence[float], of: str) -> str:
     return f"{len(hours)} x {words}"
 
 
-def _line(cells: Sequence[str]) -> str:
+def markdown_line(cells: Sequence[str]) -> str:
+    """A line of a Markdown table; bars within cells are escaped."""
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

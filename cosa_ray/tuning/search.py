@@ -49,7 +49,7 @@ class Search:
         first = [(complete(sweep, base, point), "point") for point in sweep.points]
         if sweep.earlier is not None:
             first += [(known.values, f"earlier run {known.name}") for known in earlier[: sweep.earlier.best]]
-        self._first = first
+        self._first, self._known = first, len(earlier)
         self._grid = grid_points(sweep.space) if sweep.search == "grid" else []
         self._seeds = [base.seed + repeat for repeat in range(sweep.repeats)] if sweep.repeats > 1 else [None]
         self._earlier = list(earlier) if sweep.earlier is not None and sweep.earlier.learn else []
@@ -81,10 +81,7 @@ class Search:
         return self._journal.add(values, seed=self._seeds[0], origin=origin)
 
     def _configurations(self) -> int:
-        if self._grid:
-            return len(self._grid)
-        count = wanted(self._sweep)
-        return min(count, len(self._first)) if self._sweep.search == "points" else count
+        return len(self._grid) if self._grid else wanted(self._sweep, self._known)
 
     def _chosen(self, index: int) -> dict[str, Any]:
         """Configuration `index` of a grid, or at random."""
@@ -140,8 +137,8 @@ def configuration_trial(
     if not ended:
         return frozen_trial(space, first.values, None, memory=first.memory)
     course: dict[int, float] = {}
-    if len(metrics) == 1 and any(entry.state == "stopped_early" for entry in group):
-        (metric,) = metrics
+    if any(entry.state in ("stopped_early", "interrupted") for entry in group):  # by the scheduler, by the budget
+        metric = next(iter(metrics))
         course = {each.step: each.metrics[metric] for each in first.own_reports() if metric in each.metrics}
     scores = configuration_scores(group, metrics)
     return frozen_trial(space, first.values, scores, failed=scores is None, pruned=course, memory=first.memory)

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from cosa_ray.config.load import apply_overrides, keys
 from cosa_ray.config.schema import Config, Count, Section
 from cosa_ray.errors import UserError
-from cosa_ray.tuning.values import alike, as_number, as_value, is_multiple, is_number
+from cosa_ray.tuning.values import alike, as_number, as_value, is_multiple, is_number, shortly
 
 if TYPE_CHECKING:
     from optuna.trial import BaseTrial
@@ -285,7 +285,7 @@ def check_space(space: Space, base: Config, where: str, *, drawn: bool = True) -
         if dimension.times != 1.0 and not all(map(is_number, _origin(space, key).corners())):
             raise UserError(f"{where}: space.{key} is {dimension.times:g} times {dimension.same}, which is no number.")
     for values in points(space) if drawn else ():
-        shown = ", ".join(f"{key}={_short(value)}" for key, value in values.items())
+        shown = ", ".join(f"{key}={shortly(value)}" for key, value in values.items())
         apply_overrides(base, values, f"{where}: the space can produce {shown}, and then")
 
 
@@ -380,7 +380,3 @@ def _tied(dimension: Dimension, value: Any) -> Any:
 
 def _listed(wanted: Any) -> tuple[Any, ...]:
     return wanted if isinstance(wanted, tuple) else (wanted,)
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

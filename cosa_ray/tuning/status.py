@@ -67,7 +67,7 @@ def _of_sweep(folder: RunFolder) -> Status:
     if running:
         return Status(name, folder.uri, "sweep", "running", progress.line(), progress)
     sentence = (
-        f"sweep {name} has said nothing for {duration(silent or 0.0)}: if its driver is gone, go on with `cosa-ray "
-        f"tune FILE --name {name} --resume`. {progress.line()}"
+        f"sweep {name} has said nothing for {duration(silent or 0.0)}: if its driver is gone, go on with the command "
+        f"that started it (`cosa-ray tune`, `ablate` or `promote`) and --name {name} --resume. {progress.line()}"
     )
     return Status(name, folder.uri, "sweep", "silent", sentence, progress)

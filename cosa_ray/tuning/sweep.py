@@ -72,22 +72,21 @@ def run_sweep(
     from cosa_ray.training.driver import preflight, ray_cluster, resolve
     from cosa_ray.training.lease import hold
     from cosa_ray.training.storage import RunFolder
-    from cosa_ray.tuning.earlier import earlier_runs, keep_earlier
+    from cosa_ray.tuning.earlier import earlier_runs, keep_earlier, kept_earlier
     from cosa_ray.tuning.journal import Journal
     from cosa_ray.tuning.size import check_size
 
     where = f"sweep {name}"
     check_sweep(sweep, base, where)
     config = resolve(base, track)
-    folder = RunFolder(f"{config.storage.rstrip('/')}/{_check_name(name)}")
-    # In this order: a sweep is there once its own file is.
-    files = {BASE_FILE: dump_config(base), SWEEP_FILE: dump_sweep(sweep)}
-    _check_folder(folder, name, files, resume)
+    folder = RunFolder(f"{config.storage.rstrip('/')}/{check_sweep_name(name)}")
+    files = sweep_files(sweep, base)
+    check_folder(folder, name, files, resume)
     journal = Journal(folder)
     again = _again(journal, retry_failed)
     before = read_result(folder) if resume else None
-    # Of points only those there are can be tried, however many were asked for.
-    complete = not again and (sweep.search == "points" or len(journal) >= wanted(sweep) * sweep.repeats)
+    found = kept_earlier(folder) if sweep.earlier else None
+    complete = not again and len(journal) >= wanted(sweep, None if found is None else len(found)) * sweep.repeats
     if complete and before is not None and before.state == "finished":
         log.warning("sweep %s is finished already; nothing to do", name)
         return _finished(before, sweep, config, folder, track)
@@ -97,7 +96,7 @@ def run_sweep(
     search = Search(sweep, config, metrics, journal, known, again)
     with contextlib.ExitStack() as stack:
         stack.enter_context(hold(folder, where))
-        _check_folder(folder, name, files, resume)  # whoever held it until now may have changed it
+        check_folder(folder, name, files, resume)  # whoever held it until now may have changed it
         stack.enter_context(tune_settings())
         stack.enter_context(ray_cluster())
         import ray
@@ -109,7 +108,7 @@ def run_sweep(
         from cosa_ray.tuning.trial import STORE, Trials, settle
 
         pauses = tuple(generations(sweep, config, where)) if sweep.scheduler == "pbt" else ()
-        fit = _divide(sweep, config, search.total, drivers=search.total if pauses else None)
+        fit = divide(sweep, config, search.total, drivers=search.total if pauses else None)
         at_once = search.total if pauses else fit.concurrency
         done = len(journal) - len(again)
         most = check_size(folder, sizes, trials=search.total - done, at_once=at_once)
@@ -150,7 +149,7 @@ def run_sweep(
                     if entry.state in ("running", "pending"):
                         ended = settle(trials, entry, killed=True, interrupted=True, said=lambda key: None)
                         journal.put(ended)
-        result = _result(sweep, base, trials, metrics, watch, folder, parent.uri)
+        result = _result(base, trials, metrics, watch, folder, parent.uri)
         result = deliver_rest(tracking, parent.finish(result, journal.entries()))
     write_result(folder, result)
     if result.state == "finished" and sweep.keep == "best":
@@ -189,7 +188,6 @@ def _reopen(journal: Journal, again: Sequence[int]) -> None:
 
 
 def _result(
-    sweep: Sweep,
     base: Config,
     trials: Trials,
     metrics: Mapping[str, Mode],
@@ -231,7 +229,7 @@ def _result(
     )
 
 
-def _check_name(name: str) -> str:
+def check_sweep_name(name: str) -> str:
     """The name of a sweep, when its trials' runs can be named after it; else UserError."""
     from cosa_ray.training.runs import check_name
 
@@ -253,7 +251,12 @@ def _said(file: str, text: str, where: str) -> dict[str, Any]:
     return content
 
 
-def _check_folder(folder: RunFolder, name: str, files: Mapping[str, str], resume: bool) -> None:
+def sweep_files(sweep: Sweep, base: Config) -> dict[str, str]:
+    """What a sweep's folder says it was asked for, by file, in the order to write: it is there once its own file is."""
+    return {BASE_FILE: dump_config(base), SWEEP_FILE: dump_sweep(sweep)}
+
+
+def check_folder(folder: RunFolder, name: str, files: Mapping[str, str], resume: bool) -> None:
     """Make sure that the sweep's folder is free, or with `resume` that it holds the same sweep."""
     if not resume:
         if any(found != BASE_FILE and not found.startswith(".") for found in folder.names()):
@@ -288,7 +291,7 @@ def _finished(result: SweepResult, sweep: Sweep, config: Config, folder: RunFold
     return after
 
 
-def _divide(sweep: Sweep, config: Config, trials: int, drivers: int | None) -> Fit:
+def divide(sweep: Sweep, config: Config, trials: int, drivers: int | None = None) -> Fit:
     """Divide the cluster this process is attached to; a population has a driver for each of its trials at once."""
     return fit_resources(
         alive_nodes(),

@@ -12,6 +12,11 @@ def as_value(value: Any) -> Any:
     return tuple(as_value(each) for each in value) if isinstance(value, list) else value
 
 
+def shortly(value: Any) -> str:
+    """A value for people: four significant digits of a real number."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def at(nested: Any, key: str, missing: Any = None) -> Any:
     """The value of a dotted key in nested mappings (a free-form one too)."""
     for part in key.split("."):

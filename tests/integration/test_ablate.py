@@ -94,6 +94,8 @@ def test_a_study(ray_cluster: str, tiny: Make, tmp_path: Path) -> None:
     # Under another protocol: its numbers at the end, the runs' own on the way.
     single = run_ablation(ablation, base, name="study", seeds=2, protocol="single_scale", resume=True)
     assert single.headline == "val/single_scale/miou"
+    assert (folder / "single_scale" / "ablation.json").exists()
+    assert json.loads((folder / "ablation.json").read_text())["headline"] == "val/miou", "what was there is kept"
     assert single.during == study.during
     assert single.rows[1].metrics.keys().isdisjoint(study.rows[1].metrics)
     before = {path: path.stat().st_mtime_ns for path in Path(base.storage).rglob("*.safetensors")}

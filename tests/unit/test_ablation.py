@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,13 +18,18 @@ from cosa_ray.ablation.courses import During
 from cosa_ray.ablation.figures import courses_figure, differences_figure, during_figure, metrics_shown
 from cosa_ray.ablation.numbers import difference_of, interval_over_both, value_of
 from cosa_ray.ablation.plan import load_ablation, plan_ablation
-from cosa_ray.ablation.study import RowResult, Study
+from cosa_ray.ablation.study import RowResult, Study, run_ablation, sum_up
 from cosa_ray.ablation.table import markdown, table_rows
 from cosa_ray.config.load import apply_overrides
+from cosa_ray.config.schema import Config
 from cosa_ray.errors import UserError
 from cosa_ray.reporting.history import Chart
+from cosa_ray.training.driver import resolve
+from cosa_ray.training.storage import RunFolder
 from cosa_ray.tuning.check import check_sweep
 from cosa_ray.tuning.figures import RED
+from cosa_ray.tuning.results import SweepResult, TrialResult
+from cosa_ray.tuning.sweep import sweep_files
 
 SHORT = [
     "training.steps=60",
@@ -130,11 +138,77 @@ def test_what_a_row_sets_holds_for_those_that_follow_however_it_is_written(tmp_p
         ("  - {name: a}\n  - {name: b, set: {data.dataset: other}}", "shared by its rows"),
         ("  - {name: a}\n  - {name: b, set: {training: {stop_at: 30}}}", "row b: training.stop_at is the study's own"),
         ("  - {name: a}\n  - {name: b, set: {losses.contrastive: 0.1}}", "row b sets what a has already"),
+        ("  - {name: a}\n  - {name: b, set: {model.backbone_args.depth: 3}}", "model.backbone_args is set by a row"),
     ],
 )
 def test_wrong_files_get_one_sentence(tmp_path: Path, rows: str, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence.replace(".", r"\.")):
         plan_ablation(*load_ablation(write(tmp_path, rows), SHORT), "study", 1)
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("continue_from=runs/other", "continue_from=runs/other: a study's rows go on from its own warm-ups"),
+        ("training.stop_at=30", "training.stop_at=30 is not after step 30, up to which rows share"),
+    ],
+)
+def test_what_a_base_cannot_say_is_refused(override: str, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        plan_ablation(*load_ablation("terms", [*SHORT, override]), "study", 1)
+
+
+def test_what_the_sweep_would_refuse_is_refused_before_a_warm_up_is_trained(
+    tiny: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ablation, _ = load_ablation("fading", SHORT)
+
+    def study(name: str, seeds: int = 1, **more: Any) -> None:
+        run_ablation(ablation, tiny(losses__contrastive=0), name=name, seeds=seeds, track=False, **more)
+
+    monkeypatch.setattr("cosa_ray.training.ray_train.ray_cluster", lambda: pytest.fail("that would be too late"))
+    other = RunFolder(str(tmp_path / "runs" / "other"))
+    other.write_text("run.json", "{}")
+    with pytest.raises(UserError, match="other exists already"):
+        study("other")
+    plan = plan_ablation(ablation, resolve(tiny(losses__contrastive=0), track=False), "begun", 1)
+    for file, content in sweep_files(plan.sweep, plan.base).items():
+        RunFolder(str(tmp_path / "runs" / "begun")).write_text(file, content)
+    with pytest.raises(UserError, match="begun was started with other settings"):
+        study("begun", seeds=2, resume=True)
+    with pytest.raises(UserError, match="use up to"):
+        study("x" * 99)
+
+
+@pytest.mark.parametrize(("warm_up", "headline"), [(40, "miou"), (60, "cam_miou_best")])
+def test_a_study_is_summed_up_by_the_metric_that_its_runs_are_judged_by(warm_up: int, headline: str) -> None:
+    """Rows, seeds and metrics come from trials and their evaluations; a trial without one is named."""
+    ablation, base = load_ablation("fading", [*SHORT, f"training.warmup_iters={warm_up}"])
+    plan = plan_ablation(ablation, base, "study", 2)
+    scores = {place: 0.5 + 0.01 * row + 0.1 * seed for place, (row, seed) in enumerate(plan.points)}
+    trials = [
+        TrialResult(id, f"study-{id}", "finished", {}, 60, None, {}, "", None, None, configuration=place)
+        for place in scores
+        for id in [f"{place:03d}"]
+    ]
+    result = SweepResult("study", "runs/study", "finished", "m", "max", None, None, trials, None, None)
+
+    def evaluated(place: int) -> Any:
+        metrics = {f"val/{headline}": scores[place], "val/map": 1.0, "val/map_ci_low": 0.9}
+        report = SimpleNamespace(prefix="val", metrics=metrics)
+        return SimpleNamespace(report=report, per_image=lambda: ([], {}))
+
+    lost = len(plan.points) - 1
+    study = sum_up(ablation, plan, result, {f"{place:03d}": evaluated(place) for place in scores if place != lost})
+    assert (study.headline, study.seeds, study.place) == (f"val/{headline}", [0, 1], "ablation")
+    assert study.shared == [f"val/{headline}", "val/map"]
+    assert study.failed == [f"study-{lost:03d}: finished"]
+    for number, row in enumerate(study.rows):
+        assert row.runs == {seed: f"study-{plan.points.index((number, seed)):03d}" for seed in (0, 1)}
+        assert row.metrics[study.headline].by_seed[0] == scores[plan.points.index((number, 0))]
+    assert study.rows[1].differences[study.headline].mean == pytest.approx(0.01)
+    assert list(study.rows[-1].metrics[study.headline].by_seed) == [0]
+    assert f"| {study.rows[1].name} | {0.5 + 0.01 + 0.05:.4f}" in markdown(study)
 
 
 def test_a_difference_is_paired_by_seed() -> None:

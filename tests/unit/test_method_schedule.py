@@ -79,6 +79,14 @@ def test_the_average_forgets_how_the_decoder_was_initialised():
     # The product of (1 + k)/(10 + k) over k < n is 1 / C(n + 9, 9); 0.99 is reached at k = 890 only.
     assert ramp[8 + 19] / ramp[7] == pytest.approx(1 / math.comb(29, 9))
     assert own[8] == pytest.approx(0.5**8 * 0.99)
+    longer = Config.model_validate(
+        {
+            "training": {"steps": 40, "warmup_iters": 8, "decoder_in_warmup": True},
+            "assignment": {"momentum": 0.99, "warmup_momentum": 0.5},
+            "optimiser": {"warmup_steps": 0},
+        }
+    )
+    assert [ema_momentum(longer, step) for step in (7, 8, 9)] == [0.5, 0.5, 0.99], "as long as it is warm-up"
     late = share_of_the_start(ramp=True, momentum=0.9)
     assert late[-1] / late[-2] == pytest.approx(0.9)
 

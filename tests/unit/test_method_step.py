@@ -11,6 +11,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cosa_ray.config.schema import Config
+from cosa_ray.method import step as step_module
+from cosa_ray.method.contrastive import Sample, sample_pixels
 from cosa_ray.method.ema import MovingAverage
 from cosa_ray.method.network import build_network
 from cosa_ray.method.step import (
@@ -25,6 +27,8 @@ from cosa_ray.method.threshold import DynamicThresholds
 
 TINY = {"embed_dim": 24, "depth": 3, "num_heads": 2}
 CLASSES, CROP, BATCH = 3, 32, 4
+PATCH = 8
+GRID = CROP // PATCH
 
 
 def alone(tensor: torch.Tensor) -> torch.Tensor:
@@ -282,14 +286,27 @@ def test_the_assignment_network_is_not_touched_and_follows_by_ema():
         torch.testing.assert_close(parameter, before[name] + 0.25)
 
 
-def test_what_is_padded_does_not_matter():
+def test_what_is_padded_does_not_matter(monkeypatch: pytest.MonkeyPatch):
     """Labels outside the box are ignored, and no compared pixel lies there."""
+    sampled: list[Sample] = []
+
+    def kept(*args, **more) -> Sample:
+        sampled.append(sample_pixels(*args, **more))
+        return sampled[-1]
+
+    monkeypatch.setattr(step_module, "sample_pixels", kept)
     worker, other = Worker(config(losses={"seg_to_cam": 0})), Worker(config(losses={"seg_to_cam": 0}))
     whole = batch()
     narrow = whole._replace(box=whole.box.clone())
     narrow.box[:] = torch.tensor([8, 24, 8, 24])
     shares = [w.step([b]).statistics for w, b in ((worker, whole), (other, narrow))]
     assert shares[0]["foreground_share"] != shares[1]["foreground_share"]
+    for sample, at in zip(sampled, (whole, narrow), strict=True):
+        for image, (top, bottom, left, right) in enumerate(at.box.tolist()):
+            taken = sample.pixel[image][sample.taken[image]]
+            y, x = PATCH * (taken // GRID + 0.5), PATCH * (taken % GRID + 0.5)
+            assert ((y > top) & (y < bottom) & (x > left) & (x < right)).all()
+    assert all(sample.taken.any() for sample in sampled)
     empty = whole._replace(box=torch.zeros_like(whole.box))
     losses = Worker(config()).step([empty]).losses
     assert losses["loss_cam_to_seg"] == losses["loss_contrastive"] == losses["loss_dense_energy"] == 0
@@ -316,7 +333,7 @@ def test_bf16_forward_keeps_losses_in_float32():
 def test_warmup_is_the_classification_losses_and_fills_the_ring():
     worker, whole = Worker(config()), batch()
     halves = [part(whole, slice(0, 1)), part(whole, slice(1, 4))]
-    output = classification_step(worker.online.classification, halves, worker.config, global_batch=BATCH)
+    output = classification_step(worker.online.classification, halves, global_batch=BATCH)
     logits = worker.online(whole.strong)
     soft_margin = nn.functional.multilabel_soft_margin_loss
     torch.testing.assert_close(output.losses["loss_cls"], soft_margin(logits.cls, whole.labels).detach())
@@ -363,7 +380,7 @@ def test_ddp_needs_no_search_for_unused_parameters(process_group, losses):
         worker.step(micro, step, online=wrapped)
     view = DistributedDataParallel(worker.online.classification)
     for _ in range(2):
-        classification_step(view, micro, worker.config, global_batch=BATCH)
+        classification_step(view, micro, global_batch=BATCH)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -73,7 +74,21 @@ def test_each_step_shows_its_progress(staged) -> None:
         *("open train", "train 2 workers", "close train"),
     ]
     assert len(result.losses) == demo.STEPS
-    assert "equal" in result.verdict()
+    assert ": equal" in result.verdict()
+
+
+def test_losses_that_differ_are_called_so(staged, monkeypatch: pytest.MonkeyPatch) -> None:
+    curves = itertools.cycle((1.0, 1.0 + 3 * demo.TOLERANCE))
+    whole = Store.get_metric_history
+
+    def scaled(self: Store, run_id: str, key: str) -> list[SimpleNamespace]:
+        factor = next(curves)
+        return [SimpleNamespace(step=p.step, value=factor * p.value) for p in whole(self, run_id, key)]
+
+    monkeypatch.setattr(Store, "get_metric_history", scaled)
+    result = staged[0]()
+    assert ": NOT equal" in result.verdict()
+    assert result.largest_difference == pytest.approx(3 * demo.TOLERANCE, rel=0.01)
 
 
 def test_a_run_that_was_stopped_is_not_compared(staged) -> None:

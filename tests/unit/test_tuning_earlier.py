@@ -13,7 +13,7 @@ from cosa_ray.config.schema import Config
 from cosa_ray.errors import UserError
 from cosa_ray.tracking.describe import parameters
 from cosa_ray.training.storage import RunFolder
-from cosa_ray.tuning.earlier import earlier_runs, keep_earlier
+from cosa_ray.tuning.earlier import _values, earlier_runs, keep_earlier
 from cosa_ray.tuning.search import Known
 from cosa_ray.tuning.sweepfile import Sweep
 
@@ -183,6 +183,17 @@ def test_what_was_found_stays_the_same(ask: Any, tmp_path: Path) -> None:
     found = ask()
     keep_earlier(RunFolder(str(tmp_path)), found)
     assert ask("team is x") == found  # nobody is asked again
+
+
+def test_a_tied_list_is_compared_as_a_list() -> None:
+    space = {
+        "evaluation.scales": {"choice": [[1.0], [1.0, 0.5]]},
+        "assignment.scales": {"same": "evaluation.scales"},
+    }
+    sweep = Sweep.model_validate({"base": "x", "space": space})
+    alike = {"evaluation.scales": "[1.0, 0.5]", "assignment.scales": "[1.0, 0.5]"}
+    assert _values(sweep, alike) == dict.fromkeys(space, (1.0, 0.5))
+    assert _values(sweep, alike | {"assignment.scales": "[1.0]"}) is None
 
 
 def test_without_earlier_nobody_is_asked(tmp_path: Path) -> None:

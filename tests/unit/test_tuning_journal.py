@@ -75,11 +75,10 @@ def test_a_copy_has_the_donors_score_and_no_other(folder: RunFolder) -> None:
     journal.report(0, 30, {"m": 0.4})
     entry = Journal(folder)[0]
     assert [(each.step, each.metrics["m"]) for each in entry.reports] == [(10, 0.1), (20, 0.6), (30, 0.4)]
-    assert entry.scores("m") == [0.6, 0.4]
-    assert entry.scores("n") == []
+    assert [report.metrics["m"] for report in entry.own_reports()] == [0.6, 0.4]
     assert entry.values == {"x": 7}
     assert entry.lineage == ({"step": 20, "donor": 1, "values": {"x": 7}},)
-    assert Journal(folder)[1].scores("m") == [0.5, 0.6]
+    assert [report.metrics["m"] for report in Journal(folder)[1].own_reports()] == [0.5, 0.6]
 
 
 def test_a_kill_while_it_is_written_leaves_what_was_before(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -342,6 +342,7 @@ def test_the_winner_has_the_best_mean_and_all_of_its_seeds() -> None:
     assert difference == pytest.approx(statistics.mean(first) - statistics.mean(second))
     assert error == pytest.approx((statistics.variance(first) / 3 + statistics.variance(second) / 3) ** 0.5)
     assert promotion_of([broken, empty]).winner is broken
+    assert promotion_of([broken, steady]).margin is None, "0.25 ahead, but of a seed that was lucky enough to finish"
     assert promotion_of([empty]).winner is None
     least = promotion_of([steady, lucky], mode="min")
     assert least.winner is lucky

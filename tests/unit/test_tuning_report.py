@@ -39,6 +39,11 @@ RICH = {
     "dynamic_threshold.momentum": {"choice": [0.9, 0.99, 0.999], "when": {"dynamic_threshold.enabled": True}},
     "training.batch_size": {"lograndint": [1, 16]},
 }
+ONE_FOR_ALL = {
+    "pseudo_labels.policy": {"choice": ["single", "two_threshold"]},
+    "pseudo_labels.threshold": {"uniform": [0.3, 0.6], "when": {"pseudo_labels.policy": "single"}},
+    "pseudo_labels.high": {"uniform": [0.6, 0.8], "when": {"pseudo_labels.policy": "two_threshold"}},
+}
 
 
 def space_of(said: dict) -> dict[str, Dimension]:
@@ -137,8 +142,8 @@ def test_the_study_is_what_was_tried() -> None:
     ]
     trials = study_of(space, entries, MIOU).trials
     assert [trial.number for trial in trials] == list(range(6))
-    assert [trial.state.name for trial in trials] == ["COMPLETE", "PRUNED", "FAIL", "RUNNING", "COMPLETE", "RUNNING"]
-    assert [trials[0].value, trials[4].value] == [0.5, 0.35]
+    assert [trial.state.name for trial in trials] == ["COMPLETE", "PRUNED", "FAIL", "RUNNING", "PRUNED", "RUNNING"]
+    assert trials[0].value == 0.5
     assert trials[1].intermediate_values == {100: 0.1, 200: 0.3}
     assert [trial.user_attrs.get("scores") for trial in trials] == [[0.5], [0.3], None, [0.6], [0.35], None]
     assert trials[0].params == {name: value for name, value in off.items() if name != "losses.seg_to_cam"}
@@ -311,12 +316,32 @@ def test_a_conditional_setting_is_judged_where_it_is_set_and_a_given_up_trial_by
     assert found.early["losses.cam_to_seg"] > 0.95
 
 
+def test_who_was_cut_by_the_budget_explains_nothing() -> None:
+    space = space_of(PLAIN)
+    whole = scored(FEWEST, space, lambda v: v["losses.cam_to_seg"])
+    cut = [
+        entry(FEWEST + number, each.values, 0.0, state="interrupted", ended_by="budget")
+        for number, each in enumerate(whole[:2])
+    ]
+    study = study_of(space, [*whole, *cut], MIOU)
+    found = importance(study, [*whole, *cut], MIOU)["val/miou"]
+    assert (found.configurations, found.early_step) == (FEWEST, None)
+    assert found.shares == importance(study_of(space, whole, MIOU), whole, MIOU)["val/miou"].shares
+    assert [trial.state.name for trial in study.trials[FEWEST:]] == ["PRUNED", "PRUNED"]
+    # Nor does it say up to which step those can be compared that the scheduler gave up.
+    judged = [*whole, entry(FEWEST + 2, whole[0].values, 0.1, state="stopped_early", ended_by="asha")]
+    later = [replace(each, reports=tuple(replace(report, step=200) for report in each.reports)) for each in judged]
+    early = [*later, *cut]
+    assert importance(study_of(space, early, MIOU), early, MIOU)["val/miou"].early_step == 200
+
+
 @pytest.mark.parametrize(
     ("count", "said", "score", "sentence"),
     [
         (FEWEST - 1, PLAIN, lambda v: v["losses.cam_to_seg"], f"there are {FEWEST - 1}"),
         (FEWEST, PLAIN, lambda v: 0.5, "the same score"),
         (20, {"losses.cam_to_seg": PLAIN["losses.cam_to_seg"]}, lambda v: v["losses.cam_to_seg"], "only one setting"),
+        (30, ONE_FOR_ALL, lambda v: v.get("pseudo_labels.high", 0.5), "only one setting varies in all"),
         (0, PLAIN, None, "there are 0"),
     ],
 )

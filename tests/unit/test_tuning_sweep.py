@@ -16,11 +16,12 @@ from cosa_ray.config.load import apply_overrides, dump_config
 from cosa_ray.config.schema import Config
 from cosa_ray.errors import UserError
 from cosa_ray.training.storage import RunFolder
+from cosa_ray.tuning.check import wanted
 from cosa_ray.tuning.journal import Entry, Journal
 from cosa_ray.tuning.metrics import reported, sweep_metrics
 from cosa_ray.tuning.parent import Parent, deliver_rest
 from cosa_ray.tuning.results import SweepResult, TrialResult, write_result
-from cosa_ray.tuning.sweep import NAME_LENGTH, _again, _check_folder, _reopen, _result, run_sweep
+from cosa_ray.tuning.sweep import NAME_LENGTH, _again, _reopen, _result, check_folder, run_sweep
 from cosa_ray.tuning.sweepfile import Budget, Sweep, dump_sweep
 from cosa_ray.tuning.trial import Trials
 from cosa_ray.tuning.watch import Watch
@@ -109,12 +110,39 @@ def test_the_metrics_a_run_reports_are_those_evaluation_finds(tiny: Make) -> Non
 def test_the_metric_is_the_bases_own_unless_named(tiny: Make) -> None:
     assert sweep_metrics(sweep_of(), tiny(), "x") == {"val/miou": "max"}
     assert sweep_metrics(sweep_of(), tiny(training__warmup_iters=20), "x") == {"val/cam_miou_best": "max"}
+    assert sweep_metrics(sweep_of(), tiny(training__stop_at=8), "x") == {"val/cam_miou_best": "max"}, "warm-up alone"
     several = sweep_of(metric=["val/map", "cost/cpu_hours"], mode=["max", "min"])
     assert list(sweep_metrics(several, tiny(), "x").items()) == [("val/map", "max"), ("cost/cpu_hours", "min")]
     # One trial in two never trains its decoder.
     mixed = sweep_of({"training.warmup_iters": {"choice": [8, 20]}})
     with pytest.raises(UserError, match=r"training\.warmup_iters=20 reports the metric val/miou"):
         sweep_metrics(mixed, tiny(), "x")
+
+
+def test_a_finished_sweep_of_points_goes_on_where_more_of_them_are_asked_for(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def goes_on(config: Config) -> None:
+        raise RuntimeError("goes on")
+
+    base, points = tiny(), [{"losses.cam_to_seg": value} for value in (0.12, 0.14, 0.16)]
+
+    def sweep(trials: int) -> Sweep:
+        return sweep_of(search="points", points=points, trials=trials)
+
+    folder = RunFolder(str(tmp_path / "runs" / "s"))
+    folder.write_text("sweep.yaml", dump_sweep(sweep(2)))
+    folder.write_text("base.yaml", dump_config(base))
+    trials = [trial(tmp_path / "runs", number, 0.2) for number in range(2)]
+    for each in trials:
+        Journal(folder).add(each.values, state=each.state)
+    write_result(folder, result_of(tmp_path / "runs", trials))
+    monkeypatch.setattr("cosa_ray.training.driver.preflight", goes_on)
+    assert run_sweep(sweep(2), base, name="s", resume=True, track=False).state == "finished"
+    with pytest.raises(RuntimeError, match="goes on"):
+        run_sweep(sweep(9), base, name="s", resume=True, track=False)
+    for number in range(2):  # trials asked for that no point is there for are not waited for
+        assert wanted(sweep_of(search="points", points=points[: number + 1], trials=9)) == number + 1
 
 
 def test_a_finished_sweep_is_not_run_again(tiny: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -168,8 +196,8 @@ def started(tmp_path: Path) -> tuple[RunFolder, Callable[..., dict[str, str]]]:
 )
 def test_how_far_a_sweep_goes_may_change_on_a_resume(started: Any, keys: dict[str, Any]) -> None:
     folder, files = started
-    _check_folder(folder, "s", files(**keys), resume=True)
-    _check_folder(folder, "s", files(), resume=True)
+    check_folder(folder, "s", files(**keys), resume=True)
+    check_folder(folder, "s", files(), resume=True)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +215,7 @@ def test_what_a_trial_is_may_not(started: Any, keys: dict[str, Any], changed: st
     with pytest.raises(
         UserError, match=f"started with other settings than these .{changed} differs.*trials, concurrency"
     ):
-        _check_folder(folder, "s", files(**keys), resume=True)
+        check_folder(folder, "s", files(**keys), resume=True)
 
 
 def test_a_setting_that_an_earlier_version_did_not_have_is_at_its_default(started: Any) -> None:
@@ -195,24 +223,24 @@ def test_a_setting_that_an_earlier_version_did_not_have_is_at_its_default(starte
     content = yaml.safe_load(folder.read_text("base.yaml"))
     del content["pseudo_labels"]["agreement"]
     folder.write_text("base.yaml", yaml.safe_dump(content))
-    _check_folder(folder, "s", files(), resume=True)
+    check_folder(folder, "s", files(), resume=True)
     with pytest.raises(UserError, match=r"pseudo_labels of .*base\.yaml differs"):
-        _check_folder(folder, "s", files(base={"pseudo_labels.agreement": 1.0}), resume=True)
+        check_folder(folder, "s", files(base={"pseudo_labels.agreement": 1.0}), resume=True)
     content["pseudo_labels"]["gone"] = 1  # of a version that knew a setting this one does not
     folder.write_text("base.yaml", yaml.safe_dump(content))
     with pytest.raises(UserError, match=r"pseudo_labels of .*base\.yaml differs"):
-        _check_folder(folder, "s", files(), resume=True)
+        check_folder(folder, "s", files(), resume=True)
 
 
 def test_a_folder_that_is_there_or_is_not(started: Any, tmp_path: Path) -> None:
     folder, files = started
     with pytest.raises(UserError, match=r"sweep s exists already.*--resume"):
-        _check_folder(folder, "s", files(), resume=False)
+        check_folder(folder, "s", files(), resume=False)
     with pytest.raises(UserError, match=r"no sweep t in .* to resume"):
-        _check_folder(RunFolder(str(tmp_path / "t")), "t", files(), resume=True)
+        check_folder(RunFolder(str(tmp_path / "t")), "t", files(), resume=True)
     # A kill while it was started leaves the base alone: that is no sweep.
     RunFolder(str(tmp_path / "t")).write_text("base.yaml", "x")
-    _check_folder(RunFolder(str(tmp_path / "t")), "t", files(), resume=False)
+    check_folder(RunFolder(str(tmp_path / "t")), "t", files(), resume=False)
 
 
 STATES = ("pending", "running", "interrupted", "finished", "stopped_early", "failed")
@@ -261,7 +289,7 @@ def outcome(tiny: Make, tmp_path: Path, trials: list[dict[str, Any]], **ended: A
     )
     for key, value in ended.items():
         setattr(watch, key, value)
-    return _result(sweep_of(), base, shared, metrics, watch, folder, "uri")
+    return _result(base, shared, metrics, watch, folder, "uri")
 
 
 FINISHED: dict[str, Any] = {"state": "finished", "step": 20, "hours": 0.5}

@@ -9,7 +9,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from cosa_ray.config.load import SHIPPED, load_config
+from cosa_ray.config.load import SHIPPED, apply_overrides, load_config
+from cosa_ray.config.schema import Config
 from cosa_ray.errors import UserError
 from cosa_ray.tuning.check import check_sweep, complete, generations, grace_steps, rungs, wanted
 from cosa_ray.tuning.space import Dimension
@@ -282,8 +283,8 @@ def asha(space: dict[str, Any] | None = None, grace: int | None = None, **more: 
             ),
             "warmup_iters 400 . evaluation.every 300 = 700",
         ),
-        (asha(grace=1000), "not before training.steps 1000"),
-        (asha({"training.warmup_iters": {"choice": [400, 950]}}), "not before training.steps 1000"),
+        (asha(grace=1000), "not before the last step 1000"),
+        (asha({"training.warmup_iters": {"choice": [400, 950]}}), "not before the last step 1000"),
         (sweep_of(scheduler="median", median={"grace_steps": 450}), "median.grace_steps 450 puts"),
         (
             sweep_of(scheduler="hyperband"),
@@ -300,6 +301,18 @@ def test_grace_is_derived_when_it_is_not_given(base) -> None:
     assert grace_steps(asha(), base, "x") == 500
     classifier = load_config("shapes", ["training.steps=900", "training.warmup_iters=900", "evaluation.every=200"])
     assert grace_steps(sweep_of(scheduler="median"), classifier, "x") == 200
+
+
+def test_a_run_that_stops_before_its_schedule_ends_has_its_rungs_before_that(base) -> None:
+    def stopping(at: int) -> Config:
+        return apply_overrides(base, {"training.stop_at": at})
+
+    assert rungs(asha(asha={"reduction_factor": 1.5}), base) == [500, 750]
+    assert rungs(asha(asha={"reduction_factor": 1.5}), stopping(700)) == [500]
+    with pytest.raises(UserError, match=r"first rung at step 500.*not before the last step 450"):
+        check_sweep(asha(), stopping(450), "x")
+    varied = asha({"training.stop_at": {"choice": [450, 700]}}, asha={"reduction_factor": 1.5})
+    assert rungs(varied, base) == [500]
 
 
 @pytest.mark.parametrize("factor", [1.2, 1.3, 2, 3])
