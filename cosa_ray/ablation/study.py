@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import tempfile
@@ -21,39 +20,30 @@ from cosa_ray.errors import RunFailed, UserError
 from cosa_ray.evaluation.naming import best_metric
 from cosa_ray.training.storage import RunFolder
 from cosa_ray.tuning.check import check_sweep
+from cosa_ray.tuning.displays import Counting, Sweeping, Training, silent
+from cosa_ray.tuning.folder import SWEEP_FILE, check_folder, check_sweep_name, sweep_files
 from cosa_ray.tuning.metrics import sweep_metrics
-from cosa_ray.tuning.sweep import SWEEP_FILE, check_folder, check_sweep_name, divide, run_sweep, sweep_files
+from cosa_ray.tuning.sweep import divide, run_sweep
 
 if TYPE_CHECKING:
     import numpy as np
     from matplotlib.figure import Figure
 
     from cosa_ray.reporting.evaluated import Evaluated
-    from cosa_ray.training.session import Progress
     from cosa_ray.tuning.results import SweepResult
-    from cosa_ray.tuning.watch import SweepProgress
 
 log = logging.getLogger(__name__)
 RESULT_FILE, TABLE_FILE = "ablation.json", "ablation.md"
 PLACE = "ablation"  # folder of these and of the figures, in the study's and in MLflow
-
-# Displays: opened for the time of a warm-up, of the sweep, or of one evaluation of this title.
-Training = Callable[[], contextlib.AbstractContextManager["Callable[[Progress], None] | None"]]
-Sweeping = Callable[[], contextlib.AbstractContextManager["Callable[[SweepProgress], None] | None"]]
-Counting = Callable[[str], contextlib.AbstractContextManager[Callable[[int, int], None] | None]]
-
-
-def _silent(title: str = "") -> contextlib.AbstractContextManager[None]:
-    return contextlib.nullcontext()
 
 
 @dataclass(frozen=True)
 class Displays:
     """What shows how far everything is; None shows nothing."""
 
-    training: Training = _silent
-    sweeping: Sweeping = _silent
-    counting: Counting = _silent
+    training: Training = silent
+    sweeping: Sweeping = silent
+    counting: Counting = silent
 
 
 @dataclass(frozen=True)

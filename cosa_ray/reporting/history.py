@@ -13,7 +13,7 @@ import numpy as np
 
 from cosa_ray.reporting.subjects import Side
 from cosa_ray.tracking.refusal import refusal
-from cosa_ray.tracking.store import Store, find_run, sqlite_path, tracking_uri
+from cosa_ray.tracking.store import Store, find_run, metric_course, sqlite_path, tracking_uri
 from cosa_ray.training.runs import Run
 
 log = logging.getLogger(__name__)
@@ -120,12 +120,9 @@ class Histories:
 
 
 def _points(tracked: Tracked, name: str) -> list[tuple[int, float]]:
-    if name not in tracked.points:
+    if tracked.run_id is None or name not in tracked.points:
         return []
-    points = tracked.client.get_metric_history(tracked.run_id, name)
-    # A step that was logged again counts as it was logged last.
-    last = {point.step: point.value for point in sorted(points, key=lambda point: (point.step, point.timestamp))}
-    return [(step, value) for step, value in last.items() if math.isfinite(value)]
+    return metric_course(tracked.client, tracked.run_id, name)
 
 
 def _mean(runs: Sequence[list[tuple[int, float]]]) -> list[tuple[int, float]]:

@@ -14,8 +14,8 @@ from cosa_ray.config.schema import Config
 from cosa_ray.errors import UserError
 from cosa_ray.training.runs import RESUMABLE, Run, find_run, read_run
 from cosa_ray.training.storage import RunFolder
+from cosa_ray.tuning.folder import SWEEP_FILE
 from cosa_ray.tuning.results import RESULT_FILE, read_result
-from cosa_ray.tuning.sweep import SWEEP_FILE
 
 LIMIT = 20  # sides of one comparison
 FILTER = "mlflow:"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -248,6 +249,13 @@ def find_run(client: MlflowClient, experiment_id: str, name: str, folder: str | 
     mine = [run for run in runs if folder in (None, run.data.tags.get(FOLDER_TAG))]
     logged = (run for run in mine if run.data.params or run.data.metrics)
     return next((run.info.run_id for run in [*logged, *mine]), None)
+
+
+def metric_course(client: MlflowClient, run_id: str, name: str) -> list[tuple[int, float]]:
+    """Finite points (step, value) of a run's metric by step; of a step that was logged again, what was logged last."""
+    points = sorted(client.get_metric_history(run_id, name), key=lambda point: (point.step, point.timestamp))
+    last = {point.step: float(point.value) for point in points}
+    return [(step, value) for step, value in last.items() if math.isfinite(value)]
 
 
 def filtered_runs(store: Store, words: str, where: str, *, most: int = 1000, newest_first: bool = False) -> list[Run]:

@@ -27,9 +27,9 @@ from cosa_ray.config.load import (
 from cosa_ray.config.schema import Config
 from cosa_ray.errors import UserError
 from cosa_ray.training.storage import RunFolder
+from cosa_ray.tuning.folder import BASE_FILE, SWEEP_FILE
 from cosa_ray.tuning.promotion import sign
 from cosa_ray.tuning.results import SweepResult, TrialResult, pareto_front
-from cosa_ray.tuning.sweep import BASE_FILE, SWEEP_FILE
 from cosa_ray.tuning.sweepfile import Sweep
 
 log = logging.getLogger(__name__)

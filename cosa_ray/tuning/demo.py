@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,30 +12,26 @@ from typing import Any
 from cosa_ray.config.load import apply_overrides, load_config
 from cosa_ray.config.schema import Config
 from cosa_ray.data.dataset import open_dataset
-from cosa_ray.data.importing import Progress as ImportProgress
 from cosa_ray.data.importing import import_dataset
 from cosa_ray.errors import RunFailed
-from cosa_ray.tracking.store import tracking_uri
+from cosa_ray.tracking.store import metric_course, tracking_uri
 from cosa_ray.training.driver import ray_cluster, train
 from cosa_ray.training.session import Progress
-from cosa_ray.tuning.sweep import SweepProgress, SweepResult, load_sweep, run_sweep
+from cosa_ray.tuning.displays import Importing, Sweeping, Training, silent
+from cosa_ray.tuning.sweep import SweepResult, load_sweep, run_sweep
 
 TOLERANCE = 1e-4
 # Few, because rounding grows from step to step, at the highest learning rates of the sweep past the tolerance.
 STEPS, WARMUP = 60, 40
 
 
-def _silent() -> AbstractContextManager[None]:
-    return nullcontext(None)
-
-
 @dataclass(frozen=True)
 class Displays:
     """What shows how far each of the three steps is: opened for the time of its step, None shows nothing."""
 
-    importing: Callable[[], AbstractContextManager[Callable[[ImportProgress], None] | None]] = _silent
-    sweeping: Callable[[], AbstractContextManager[Callable[[SweepProgress], None] | None]] = _silent
-    training: Callable[[], AbstractContextManager[Callable[[Progress], None] | None]] = _silent
+    importing: Importing = silent
+    sweeping: Sweeping = silent
+    training: Training = silent
 
 
 @dataclass(frozen=True)
@@ -145,8 +140,8 @@ def _loss_curve(config: Config, name: str, show: Callable[[Progress], None] | No
         raise RunFailed(f"demo: run {name} {result.state} at step {result.step}, so there is nothing to compare.")
     if result.mlflow_run_id is None:
         raise RunFailed(f"demo: run {name} did not reach MLflow, so its losses cannot be compared.")
-    points = MlflowClient(tracking_uri=tracking_uri(config)).get_metric_history(result.mlflow_run_id, "train/loss")
-    curve = {point.step: point.value for point in points}
+    client = MlflowClient(tracking_uri=tracking_uri(config))
+    curve = dict(metric_course(client, result.mlflow_run_id, "train/loss"))
     if missing := set(range(1, config.training.steps + 1)) - curve.keys():
         raise RunFailed(
             f"demo: MLflow has no loss of {len(missing)} steps of run {name}, the first {min(missing)}, so the losses "

@@ -11,7 +11,7 @@ from typing import Any
 from cosa_ray.config.load import nest
 from cosa_ray.config.schema import Config
 from cosa_ray.errors import UserError
-from cosa_ray.tracking.store import Store, filtered_runs, tracking_uri
+from cosa_ray.tracking.store import Store, filtered_runs, metric_course, tracking_uri
 from cosa_ray.training.storage import RunFolder
 from cosa_ray.tuning.search import Known
 from cosa_ray.tuning.space import Dimension, sample
@@ -71,8 +71,7 @@ def _search(sweep: Sweep, base: Config, metrics: Mapping[str, Mode], where: str)
         scores = [run.data.metrics[metric] for metric in metrics]
         if len(metrics) == 1:
             ((metric, mode),) = metrics.items()
-            history = client.get_metric_history(run.info.run_id, metric)
-            course = [point.value for point in history if math.isfinite(point.value)]
+            course = [value for _, value in metric_course(client, run.info.run_id, metric)]
             scores = [max(course) if mode == "max" else min(course)] if course else []
         if not scores or not all(map(math.isfinite, scores)):
             continue

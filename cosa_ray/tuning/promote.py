@@ -31,27 +31,20 @@ from cosa_ray.tuning.choosing import (
     read_source,
     stored_sweep,
 )
+from cosa_ray.tuning.displays import Counting, Sweeping, silent
+from cosa_ray.tuning.folder import SWEEP_FILE
 from cosa_ray.tuning.promotion import Configuration, PromotedRun, Promotion, machine_words
 from cosa_ray.tuning.results import SweepResult, TrialResult, grouped
-from cosa_ray.tuning.sweep import SWEEP_FILE, run_sweep
+from cosa_ray.tuning.sweep import run_sweep
 
 if TYPE_CHECKING:
     from cosa_ray.evaluation.report import Report
     from cosa_ray.tracking.store import Store
-    from cosa_ray.tuning.watch import SweepProgress
 
 log = logging.getLogger(__name__)
 RESULT_FILE, TABLE_FILE = "promoted.json", "results.md"
 PROMOTED_TO, WINNER = "cosa_ray.promoted_to", "cosa_ray.winner"
 _SEEDS = 3
-
-# Displays: opened for the time of the sweep, or of one evaluation of this title.
-Sweeping = Callable[[], contextlib.AbstractContextManager["Callable[[SweepProgress], None] | None"]]
-Counting = Callable[[str], contextlib.AbstractContextManager[Callable[[int, int], None] | None]]
-
-
-def _silent(title: str = "") -> contextlib.AbstractContextManager[None]:
-    return contextlib.nullcontext()
 
 
 def promote_sweep(
@@ -70,8 +63,8 @@ def promote_sweep(
     retry_failed: bool = False,
     storage: str = "runs",
     track: bool = True,
-    sweeping: Sweeping = _silent,
-    counting: Counting = _silent,
+    sweeping: Sweeping = silent,
+    counting: Counting = silent,
     say: Callable[[str], None] = log.info,
 ) -> Promotion:
     """Train the best configurations of a sweep again and say which is best; the function behind `cosa-ray promote`.

@@ -8,7 +8,6 @@ import html
 import io
 import json
 import logging
-import math
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cosa_ray.tracking.store import metric_course
 from cosa_ray.training.storage import RunFolder
 from cosa_ray.tuning.journal import Entry
 from cosa_ray.tuning.results import BEST_FILE, SweepResult, TrialResult, grouped, read_result
@@ -294,13 +294,7 @@ def read_thresholds(store: Store, trials: Sequence[TrialResult]) -> tuple[Histor
 
     def read(trial: TrialResult) -> dict[str, list[tuple[int, float]]]:
         names = [name for name in client.get_run(trial.mlflow_run_id).data.metrics if name.startswith(THRESHOLDS)]
-        courses = {}
-        for name in names:
-            points = client.get_metric_history(trial.mlflow_run_id, name)
-            # A step that was logged again counts as it was logged last.
-            ordered = sorted(points, key=lambda point: (point.step, point.timestamp))
-            courses[name] = list({p.step: float(p.value) for p in ordered if math.isfinite(p.value)}.items())
-        return courses
+        return {name: metric_course(client, str(trial.mlflow_run_id), name) for name in names}
 
     found: dict[str, dict[str, list[tuple[int, float]]]] = {}
     pool = ThreadPoolExecutor(READERS, thread_name_prefix="thresholds")

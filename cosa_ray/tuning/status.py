@@ -8,8 +8,8 @@ from typing import Any
 
 from cosa_ray.training.runs import find_run
 from cosa_ray.training.storage import RunFolder
+from cosa_ray.tuning.folder import SWEEP_FILE
 from cosa_ray.tuning.results import SweepResult, read_result
-from cosa_ray.tuning.sweep import SWEEP_FILE
 from cosa_ray.tuning.watch import STATUS_FILE, SweepProgress, duration
 
 SILENT_SECONDS = 60.0

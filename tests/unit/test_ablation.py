@@ -28,8 +28,8 @@ from cosa_ray.training.driver import resolve
 from cosa_ray.training.storage import RunFolder
 from cosa_ray.tuning.check import check_sweep
 from cosa_ray.tuning.figures import RED
+from cosa_ray.tuning.folder import sweep_files
 from cosa_ray.tuning.results import SweepResult, TrialResult
-from cosa_ray.tuning.sweep import sweep_files
 
 SHORT = [
     "training.steps=60",

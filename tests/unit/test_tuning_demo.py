@@ -22,7 +22,7 @@ class Store:
         self.steps = steps
 
     def get_metric_history(self, run_id: str, key: str) -> list[SimpleNamespace]:
-        return [SimpleNamespace(step=step, value=step / 7) for step in self.steps]
+        return [SimpleNamespace(step=step, value=step / 7, timestamp=0) for step in self.steps]
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_losses_that_differ_are_called_so(staged, monkeypatch: pytest.MonkeyPatc
 
     def scaled(self: Store, run_id: str, key: str) -> list[SimpleNamespace]:
         factor = next(curves)
-        return [SimpleNamespace(step=p.step, value=factor * p.value) for p in whole(self, run_id, key)]
+        return [SimpleNamespace(step=p.step, value=factor * p.value, timestamp=0) for p in whole(self, run_id, key)]
 
     monkeypatch.setattr(Store, "get_metric_history", scaled)
     result = staged[0]()

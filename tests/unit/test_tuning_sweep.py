@@ -17,11 +17,12 @@ from cosa_ray.config.schema import Config
 from cosa_ray.errors import UserError
 from cosa_ray.training.storage import RunFolder
 from cosa_ray.tuning.check import wanted
+from cosa_ray.tuning.folder import NAME_LENGTH, check_folder
 from cosa_ray.tuning.journal import Entry, Journal
 from cosa_ray.tuning.metrics import reported, sweep_metrics
 from cosa_ray.tuning.parent import Parent, deliver_rest
 from cosa_ray.tuning.results import SweepResult, TrialResult, write_result
-from cosa_ray.tuning.sweep import NAME_LENGTH, _again, _reopen, _result, check_folder, run_sweep
+from cosa_ray.tuning.sweep import _again, _reopen, _result, run_sweep
 from cosa_ray.tuning.sweepfile import Budget, Sweep, dump_sweep
 from cosa_ray.tuning.trial import Trials
 from cosa_ray.tuning.watch import Watch
