@@ -41,6 +41,8 @@ def ablate(
 
     if resume and name is None:
         raise UserError("--resume needs the --name of the study to continue.")
+    if retry_failed and not resume:
+        raise UserError("--retry-failed is for a study that is continued; add --resume.")
     name = name or f"{Path(file).stem}-ablation-{time.strftime('%Y%m%d-%H%M%S')}"
     with json_only(as_json) as emit:
         from cosa_ray.ablation.plan import load_ablation

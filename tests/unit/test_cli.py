@@ -80,6 +80,7 @@ def test_mistakes(
         (["ui", "--port", "many"], ["--port"]),
         (["ui", "--port", "99999"], ["--port", "65535"]),
         (["submit", "trian", "shapes", "--address", "x"], ["trian", "train"]),
+        (["ablate", "terms", "--name", "x", "--retry-failed"], ["--retry-failed", "add --resume"]),
     ],
 )
 def test_bad_flags(words: list[str], said: list[str], capsys: pytest.CaptureFixture[str]) -> None:
