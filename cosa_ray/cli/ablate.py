@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cosa_ray.cli.output import count_bar, json_only, progress_line, say, say_tracked, table
+from cosa_ray.cli.resume import command_to_resume
 from cosa_ray.cli.train import AsJson, Set
 
 if TYPE_CHECKING:
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
 
 
 def ablate(
+    context: typer.Context,
     file: Annotated[str, typer.Argument(help="Ablation file, by path or by the name of a shipped one.")],
     seeds: Annotated[int, typer.Option(help="Seeds of every row, from the base's seed on.")] = 3,
     base: Annotated[str | None, typer.Option(help="Experiment instead of the file's own base.")] = None,
@@ -37,13 +37,14 @@ def ablate(
 
     Examples: cosa-ray ablate terms --seeds 3 --name first; cosa-ray ablate terms --base shapes_coexist --name second
     """
+    from cosa_ray.config.names import default_name
     from cosa_ray.errors import UserError
 
     if resume and name is None:
         raise UserError("--resume needs the --name of the study to continue.")
     if retry_failed and not resume:
         raise UserError("--retry-failed is for a study that is continued; add --resume.")
-    name = name or f"{Path(file).stem}-ablation-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = name or default_name("ablate", file)
     with json_only(as_json) as emit:
         from cosa_ray.ablation.plan import load_ablation
         from cosa_ray.ablation.study import Displays, run_ablation
@@ -63,7 +64,7 @@ def ablate(
             say=say,
         )
         if study.state == "stopped":
-            say(f"stopped; continue with the same command and --name {name} --resume")
+            say(f"stopped; continue with: {command_to_resume(context, name)}")
         else:
             print_study(study, as_json)
         say_tracked(study.parent_run_id, study.tracking_uri, children=True)

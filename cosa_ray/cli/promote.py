@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cosa_ray.cli.output import count_bar, json_only, say, say_tracked, table
+from cosa_ray.cli.resume import command_to_resume
 from cosa_ray.cli.train import AsJson, Set
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 
 def promote(
+    context: typer.Context,
     sweep: Annotated[str, typer.Argument(help="Name or folder of a sweep that has ended.")],
     top: Annotated[int | None, typer.Option(min=1, help="So many of the best configurations; 1 without it.")] = None,
     front: Annotated[bool, typer.Option("--front", help="The Pareto front of a sweep with several metrics.")] = False,
@@ -74,7 +76,7 @@ def promote(
             say=say,
         )
         if result.state == "stopped":
-            say(f"stopped; continue with the same command and --name {result.name} --resume")
+            say(f"stopped; continue with: {command_to_resume(context, result.name)}")
         else:
             print_promotion(result, as_json)
         say_tracked(result.parent_run_id, result.tracking_uri, children=True)

@@ -16,6 +16,7 @@ from cosa_ray.cli.evaluate import evaluate
 from cosa_ray.cli.output import json_only, say
 from cosa_ray.cli.predict import predict, pseudo_labels
 from cosa_ray.cli.promote import promote
+from cosa_ray.cli.resume import said
 from cosa_ray.cli.train import AsJson, train
 from cosa_ray.cli.tune import tune
 
@@ -57,11 +58,7 @@ def _submit(
 ) -> None:
     from cosa_ray.jobs.submit import submit_job
 
-    given = {
-        key: value
-        for key, value in parameters.items()
-        if context.get_parameter_source(key).name != "DEFAULT"  # type: ignore[union-attr]
-    }
+    given = {key: value for key, value in parameters.items() if key in said(context)}
     with json_only(as_json) as emit:
         job = submit_job(
             context.info_name,  # type: ignore[arg-type]
@@ -141,7 +138,7 @@ def _as_job(verb: Callable[..., None]) -> Callable[..., None]:
     """The command that submits a verb: its parameters, but for those of this process, and the cluster's."""
     own = inspect.signature(verb, eval_str=True).parameters.values()
     cluster = inspect.signature(_submit, eval_str=True).parameters.values()
-    kept = [each for each in own if each.name not in ("local", "as_json")]
+    kept = [each for each in own if each.name not in ("context", "local", "as_json")]
     added = [each for each in cluster if each.kind is not inspect.Parameter.VAR_KEYWORD]
 
     def submit(**parameters: Any) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 from typing import Annotated
 
 import typer
 
 from cosa_ray.cli.output import json_only, metrics_table, progress_line, say, say_tracked
+from cosa_ray.cli.resume import command_to_resume
 
 File = Annotated[str, typer.Argument(help="Experiment file, by path or by the name of a shipped one.")]
 Set = Annotated[
@@ -16,13 +16,8 @@ Set = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
 
 
-def command_to_resume(verb: str, file: str, overrides: list[str] | None, name: str) -> str:
-    """What to type to go on with a run or sweep: a resume without the same overrides would be refused."""
-    words = [word for each in overrides or [] for word in ("--set", each)]
-    return shlex.join(["cosa-ray", verb, file, *words, "--name", name, "--resume"])
-
-
 def train(
+    context: typer.Context,
     file: File,
     set_: Set = None,
     name: Annotated[str | None, typer.Option(help="Name of the run; its folder is STORAGE/NAME.")] = None,
@@ -35,18 +30,14 @@ def train(
 
     Examples: cosa-ray train shapes --name first; cosa-ray train experiments/voc.yaml --set losses.contrastive=0.2
     """
-    from pathlib import Path
-
     from cosa_ray.config.load import load_config
+    from cosa_ray.config.names import default_name
     from cosa_ray.errors import UserError
 
     if resume and name is None:
         raise UserError("--resume needs the --name of the run to continue.")
     config = load_config(file, set_ or [])
-    if name is None:
-        import time
-
-        name = f"{Path(file).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = name or default_name("train", file)
     with json_only(as_json) as emit:
         from cosa_ray.training.driver import train as run
 
@@ -58,6 +49,6 @@ def train(
             )
         say(f"checkpoints and config: {result.folder}")
         if result.state == "stopped":
-            say(f"stopped; continue with: {command_to_resume('train', file, set_, result.name)}")
+            say(f"stopped; continue with: {command_to_resume(context, result.name)}")
         say_tracked(result.mlflow_run_id, result.tracking_uri)
         emit(result.as_json())

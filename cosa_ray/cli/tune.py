@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cosa_ray.cli.output import PLAIN_SECONDS, heading, json_only, say, say_tracked, table
-from cosa_ray.cli.train import AsJson, Set, command_to_resume
+from cosa_ray.cli.resume import command_to_resume
+from cosa_ray.cli.train import AsJson, Set
 
 if TYPE_CHECKING:
     from cosa_ray.tuning.sweep import SweepProgress, SweepResult
@@ -20,6 +21,7 @@ STATES = {"stopped_early": "stopped early"}
 
 
 def tune(
+    context: typer.Context,
     file: Annotated[str, typer.Argument(help="Sweep file, by path or by the name of a shipped one.")],
     set_: Set = None,
     name: Annotated[str | None, typer.Option(help="Name of the sweep; its folder is STORAGE/NAME.")] = None,
@@ -36,6 +38,7 @@ def tune(
 
     Examples: cosa-ray tune shapes --name first; cosa-ray tune shapes --name first --resume
     """
+    from cosa_ray.config.names import default_name
     from cosa_ray.errors import UserError
     from cosa_ray.tuning.sweepfile import find_sweep, load_sweep
 
@@ -44,7 +47,7 @@ def tune(
     if retry_failed and not resume:
         raise UserError("--retry-failed is for a sweep that is continued; add --resume.")
     sweep, base = load_sweep(file, set_ or [])
-    name = name or f"{find_sweep(file).stem}-sweep-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = name or default_name("tune", find_sweep(file))
     with json_only(as_json) as emit:
         from cosa_ray.tuning.sweep import run_sweep
 
@@ -64,7 +67,7 @@ def tune(
         if result.best is not None:
             say(f"best configuration: {result.best_file} (cosa-ray train {result.best_file})")
         if result.state == "stopped":
-            say(f"stopped; continue with: {command_to_resume('tune', file, set_, name)}")
+            say(f"stopped; continue with: {command_to_resume(context, name)}")
         say_tracked(result.parent_run_id, result.tracking_uri, children=True)
         emit(result.as_json())
 

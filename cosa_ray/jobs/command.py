@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -11,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from cosa_ray.config.credentials import holds_secret, without_credentials
 from cosa_ray.config.load import SHIPPED, dump_config, find_base, find_experiment, flatten, load_config
+from cosa_ray.config.names import default_name
 from cosa_ray.config.protocol import find_protocol, load_protocol
 from cosa_ray.errors import UserError
 from cosa_ray.jobs.head import refuse_password
@@ -88,7 +88,7 @@ def command_for(verb: Verb, given: Mapping[str, Any], folder: str, *, tracked: b
 
 
 def words(values: Mapping[str, Any]) -> list[str]:
-    """The words of a command line from parameters by name: options first, then what stands without a name."""
+    """The words of a command line from parameters by name: what stands without a name first, where it can."""
     options: list[str] = []
     plain: list[str] = []
     for key, value in values.items():
@@ -104,7 +104,8 @@ def words(values: Mapping[str, Any]) -> list[str]:
                 options.append(f"--{option}" if each else f"--no-{option}")
             else:
                 options.append(f"--{option}={each}")
-    return [*options, "--", *plain]
+    # A word that begins like an option is none only behind `--`.
+    return [*options, "--", *plain] if any(each.startswith("-") for each in plain) else [*plain, *options]
 
 
 def _with_file(verb: Verb, values: dict[str, Any], folder: str, tracked: bool) -> Command:
@@ -127,8 +128,7 @@ def _with_file(verb: Verb, values: dict[str, Any], folder: str, tracked: bool) -
         if (protocol := values.get("protocol")) is not None:
             values["protocol"] = _sent_protocol(protocol, files)
     # Chosen here, so that whoever sends the job knows where to look.
-    stem = path.stem + {"train": "", "tune": "-sweep"}.get(verb, "-ablation")
-    values["name"] = values.get("name") or f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    values["name"] = values.get("name") or default_name(verb, path)
     return Command(verb, [verb, *words({**values, "file": file})], path.name, files, values["name"])
 
 

@@ -15,7 +15,7 @@ import typer
 from rich.text import Text
 
 from cosa_ray.cli.main import app, main
-from cosa_ray.cli.train import command_to_resume
+from cosa_ray.cli.resume import command_to_resume
 
 
 def run(words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
@@ -117,11 +117,35 @@ def test_help_loses_no_bracket_to_markup() -> None:
         assert Text.from_markup(sentence).plain == sentence.replace("\\[", "[")
 
 
-def test_the_command_to_resume_holds_the_overrides_as_a_shell_reads_them() -> None:
-    words = ["losses.contrastive=0.2", "space.optimiser.lr={loguniform: [1e-4, 1e-2]}"]
-    command = shlex.split(command_to_resume("tune", "shapes", words, "first"))
-    assert command[:3] == ["cosa-ray", "tune", "shapes"]
-    assert command[3:] == ["--set", words[0], "--set", words[1], "--name", "first", "--resume"]
+@pytest.mark.parametrize(
+    ("given", "more"),
+    [
+        (["train", "shapes", "--set", "losses.contrastive=0.2", "--local", "--no-track", "--json"], {"name": "first"}),
+        (["tune", "my sweep.yaml", "--set", "space.optimiser.lr={loguniform: [1e-4, 1e-2]}"], {"name": "first"}),
+        (["tune", "shapes", "--name", "first", "--resume", "--retry-failed"], {}),
+        (
+            ["ablate", "terms", "--seeds", "5", "--base", "shapes_coexist", "--protocol", "multi_scale"],
+            {"name": "first"},
+        ),
+        (
+            ["promote", "runs/a", "--seeds", "2", "--protocol", "a", "--protocol", "b", "--alias", "c"],
+            {"name": "first"},
+        ),
+    ],
+    ids=["train", "tune", "again", "ablate", "promote"],
+)
+def test_the_command_to_resume_says_all_that_was_said(given: list[str], more: dict[str, Any]) -> None:
+    command: Any = typer.main.get_command(app)
+
+    def parsed(words: list[str]) -> Any:
+        verb, *rest = words
+        return command.commands[verb].make_context(verb, rest)
+
+    before = parsed(given)
+    first, *words = shlex.split(command_to_resume(before, "first"))
+    assert first == "cosa-ray"
+    assert words[0] == given[0]
+    assert parsed(words).params == {**before.params, **more, "resume": True}
 
 
 def test_config_show_prints_every_setting_as_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
