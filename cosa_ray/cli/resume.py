@@ -23,4 +23,4 @@ def command_to_resume(context: typer.Context, name: str) -> str:
 
     given = said(context)
     as_json = ["--json"] if given.pop("as_json", False) else []
-    return shlex.join(["cosa-ray", str(context.info_name), *words({**given, "name": name, "resume": True}), *as_json])
+    return shlex.join(["cosa-ray", str(context.info_name), *as_json, *words({**given, "name": name, "resume": True})])

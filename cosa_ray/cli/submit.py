@@ -58,7 +58,8 @@ def _submit(
 ) -> None:
     from cosa_ray.jobs.submit import submit_job
 
-    given = {key: value for key, value in parameters.items() if key in said(context)}
+    typed = said(context)
+    given = {key: value for key, value in parameters.items() if key in typed}
     with json_only(as_json) as emit:
         job = submit_job(
             context.info_name,  # type: ignore[arg-type]

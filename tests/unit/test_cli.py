@@ -123,6 +123,7 @@ def test_help_loses_no_bracket_to_markup() -> None:
         (["train", "shapes", "--set", "losses.contrastive=0.2", "--local", "--no-track", "--json"], {"name": "first"}),
         (["tune", "my sweep.yaml", "--set", "space.optimiser.lr={loguniform: [1e-4, 1e-2]}"], {"name": "first"}),
         (["tune", "shapes", "--name", "first", "--resume", "--retry-failed"], {}),
+        (["train", "--json", "--", "-odd.yaml"], {"name": "first"}),
         (
             ["ablate", "terms", "--seeds", "5", "--base", "shapes_coexist", "--protocol", "multi_scale"],
             {"name": "first"},
@@ -132,7 +133,7 @@ def test_help_loses_no_bracket_to_markup() -> None:
             {"name": "first"},
         ),
     ],
-    ids=["train", "tune", "again", "ablate", "promote"],
+    ids=["train", "tune", "again", "dashed", "ablate", "promote"],
 )
 def test_the_command_to_resume_says_all_that_was_said(given: list[str], more: dict[str, Any]) -> None:
     command: Any = typer.main.get_command(app)
