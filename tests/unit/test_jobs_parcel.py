@@ -83,7 +83,7 @@ def test_nothing_of_the_working_folder_is_sent(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(project)
     sent = command("train", "x.yaml", tracked=False)
     packed = parcel.pack(target, sent.files, package=True)
-    assert sent.words[-1] == "x.yaml"
+    assert sent.words[1] == "x.yaml"
     files = [path for path in target.rglob("*") if path.is_file()]
     assert (packed.files, packed.bytes) == (len(files), sum(path.stat().st_size for path in files))
     assert not [path for path in target.rglob("*") if path.is_file() and path.read_text(errors="replace") == "secret"]
@@ -153,7 +153,7 @@ def test_a_sweep_arrives_with_its_base(tmp_path: Path) -> None:
     overrides = ["trials=3", "training.batch_size=4"]
     sent = command("tune", "shapes", overrides)
     parcel.pack(tmp_path, sent.files, package=False)
-    sweep, base = load_sweep(tmp_path / sent.words[-1])
+    sweep, base = load_sweep(tmp_path / sent.words[1])
     here, here_base = load_sweep("shapes", overrides)
     assert sweep.space == here.space
     assert sweep.trials == 3
