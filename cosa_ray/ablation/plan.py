@@ -7,21 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from cosa_ray.config.load import (
-    apply_overrides,
-    dump_section,
-    explain,
-    find_base,
-    find_experiment,
-    flatten,
-    load_config,
-    merge,
-    nest,
-    parse_overrides,
-    read_yaml,
-)
+from cosa_ray.config.load import apply_overrides, dump_section, flatten, merge, nest
+from cosa_ray.config.onbase import OnBase, find_on_base, load_on_base
 from cosa_ray.config.schema import Config
 from cosa_ray.config.section import Count, Section
 from cosa_ray.errors import UserError
@@ -29,7 +18,6 @@ from cosa_ray.tuning.space import SHARED, Dimension
 from cosa_ray.tuning.sweepfile import Sweep
 from cosa_ray.tuning.values import as_value
 
-FOLDER = "ablations"  # of the shipped ones
 # What acts from co-training on, or from the steps before it that fill the ring: rows may differ there and share all of
 # the warm-up before.
 LATER = (
@@ -57,11 +45,9 @@ class Row(Section):
     )
 
 
-class Ablation(Section):
+class Ablation(OnBase):
     """A study: a base experiment and rows, each of which differs from the one it follows by what it sets."""
 
-    base: str = Field(description="Experiment file, by path (from this file) or shipped name.")
-    set: dict[str, Any] = Field(default_factory=dict, description="Overrides of the base, dotted keys.")
     rows: tuple[Row, ...] = Field(min_length=2, description="The arms, each after the one it builds on.")
     share_warm_up: bool = Field(
         True, description="One classification warm-up a seed for all rows that agree on it, instead of one a row."
@@ -125,24 +111,8 @@ def load_ablation(
     `other_base`: an experiment, by path or shipped name, in place of the file's own. Raises UserError naming the key,
     the file and the nearest valid key.
     """
-    path = find_ablation(file)
-    content = read_yaml(path)
-    if "base" not in content or "rows" not in content:
-        raise UserError(
-            f"{path}: no ablation file, it lacks {'base' if 'base' not in content else 'rows'}; an ablation names a "
-            "base experiment and rows of settings."
-        )
-    given = parse_overrides(overrides)
-    own = {key: given.pop(key) for key in list(given) if key in Ablation.model_fields and key not in ("base", "set")}
-    try:
-        ablation = Ablation.model_validate(merge(content, own))
-    except ValidationError as error:
-        raise UserError(explain(error, str(path), Ablation)) from None
-    if other_base is not None:
-        ablation = ablation.model_copy(update={"base": other_base})
-    found = find_experiment(other_base) if other_base else find_base(ablation.base, path)
-    base = apply_overrides(load_config(found), ablation.set, f"{path}: set")
-    return ablation, apply_overrides(base, given, "--set") if given else base
+    says = "an ablation names a base experiment and rows of settings"
+    return load_on_base(Ablation, find_ablation(file), overrides, kind="ablation", says=says, other_base=other_base)
 
 
 def plan_ablation(ablation: Ablation, base: Config, name: str, seeds: int) -> Plan:
@@ -261,13 +231,7 @@ def _different(values: Sequence[Any]) -> tuple[Any, ...]:
 
 def find_ablation(file: str | Path) -> Path:
     """Path of an ablation file given by path, or by the name of a shipped one."""
-    path = Path(file)
-    if path.is_file():
-        return path.resolve()
-    try:
-        return find_experiment(Path(FOLDER) / path)
-    except UserError:
-        return find_experiment(path)
+    return find_on_base(file, "ablations")
 
 
 def dump_ablation(ablation: Ablation) -> str:

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from cosa_ray.config.load import (
-    apply_overrides,
-    dump_section,
-    explain,
-    find_base,
-    find_experiment,
-    load_config,
-    merge,
-    parse_overrides,
-    read_yaml,
-)
+from cosa_ray.config.load import dump_section, merge
+from cosa_ray.config.onbase import OnBase, find_on_base, load_on_base
 from cosa_ray.config.schema import Config
 from cosa_ray.config.section import Count, CountOrZero, Fraction, Positive, Section
-from cosa_ray.errors import UserError
 from cosa_ray.tuning.space import Dimension, with_dimensions
 from cosa_ray.tuning.values import as_value
 
@@ -85,11 +74,9 @@ class Earlier(Section):
     learn: bool = Field(True, description="Tell the search their settings and scores without running them again.")
 
 
-class Sweep(Section):
+class Sweep(OnBase):
     """A sweep: a base experiment, what varies, how it is searched, and when a trial is given up."""
 
-    base: str = Field(description="Experiment file, by path (from this file) or shipped name.")
-    set: dict[str, Any] = Field(default_factory=dict, description="Overrides of the base, dotted keys.")
     space: dict[str, Dimension] = Field(
         description="Dotted setting -> uniform, loguniform, quniform, randint, lograndint, choice or same."
     )
@@ -167,13 +154,7 @@ class Sweep(Section):
 
 def find_sweep(name: str | Path) -> Path:
     """Path of a sweep file given by path, or by the name of a shipped one (`shapes` is sweeps/shapes.yaml)."""
-    path = Path(name)
-    if path.is_file():
-        return path.resolve()
-    try:
-        return find_experiment(Path("sweeps") / path)
-    except UserError:
-        return find_experiment(path)
+    return find_on_base(name, "sweeps")
 
 
 def load_sweep(file: str | Path, overrides: Sequence[str] = ()) -> tuple[Sweep, Config]:
@@ -181,32 +162,16 @@ def load_sweep(file: str | Path, overrides: Sequence[str] = ()) -> tuple[Sweep, 
 
     Raises UserError naming the key, the file and the nearest valid key.
     """
-    path = find_sweep(file)
-    content = read_yaml(path)
-    if "base" not in content or "space" not in content:
-        raise UserError(
-            f"{path}: no sweep file, it lacks {'base' if 'base' not in content else 'space'}; "
-            "a sweep names a base experiment and a space (an experiment is run with `cosa-ray train`)."
-        )
-    given = parse_overrides(overrides)
-    own = {key: value for key, value in given.items() if key in Sweep.model_fields}
-    rest = {key: value for key, value in given.items() if key not in own}
+    says = "a sweep names a base experiment and a space (an experiment is run with `cosa-ray train`)"
+    return load_on_base(Sweep, find_sweep(file), overrides, kind="sweep", says=says, lay=_with_space)
+
+
+def _with_space(content: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """A sweep file with overrides, of which those of its space replace whole dimensions."""
     if isinstance(own.get("space"), dict):
-        content = {**content, "space": with_dimensions(content["space"], own.pop("space"))}
-    where = str(path) + (" with --set" if own or "space" in given else "")
-    try:
-        sweep = Sweep.model_validate(merge(content, own))
-    except ValidationError as error:
-        raise UserError(explain(error, where, Sweep)) from None
-    base = apply_overrides(load_config(find_base(sweep.base, path)), sweep.set, f"{path}: set")
-    for key in rest:
-        if key not in Config.model_fields:
-            close = difflib.get_close_matches(key, [*Sweep.model_fields, *Config.model_fields], n=1)
-            raise UserError(
-                f"--set {key}: neither a key of a sweep file nor of an experiment"
-                f"{f'; did you mean {close[0]}?' if close else '.'}"
-            )
-    return sweep, apply_overrides(base, rest, "--set") if rest else base
+        own = {**own, "space": with_dimensions(content["space"], own["space"])}
+        content = {key: value for key, value in content.items() if key != "space"}
+    return merge(content, own)
 
 
 # What may change when a sweep is resumed: how far it goes and what is kept, not what a trial is.

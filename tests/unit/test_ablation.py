@@ -76,6 +76,19 @@ def test_the_rows_fit_on_other_experiments() -> None:
         load_ablation("terms", [], "nonsense")
 
 
+def test_overrides_reach_the_file_or_its_base(tmp_path: Path) -> None:
+    write(tmp_path, "  - {name: a}\n  - {name: b, set: {losses.contrastive: 0.1}}", "set: {seed: 5}")
+    ablation, base = load_ablation(tmp_path / "study.yaml", ["concurrency=1", "share_warm_up=false", "seed=7"])
+    assert (ablation.concurrency, ablation.share_warm_up, base.seed) == (1, False, 7)
+    (tmp_path / "mine.yaml").write_text("extends: shapes\ntraining: {batch_size: 3}\n")
+    for other in (["base=mine"], []):
+        ablation, base = load_ablation(tmp_path / "study.yaml", other, None if other else str(tmp_path / "mine.yaml"))
+        assert (base.seed, base.training.batch_size) == (5, 3)
+    (tmp_path / "none.yaml").write_text("base: shapes\n")
+    with pytest.raises(UserError, match=r"none\.yaml: no ablation file, it lacks rows"):
+        load_ablation(tmp_path / "none.yaml")
+
+
 def test_rows_of_other_warm_ups_get_their_own(tmp_path: Path) -> None:
     rows = """
   - {name: a}
@@ -151,6 +164,9 @@ def test_wrong_files_get_one_sentence(tmp_path: Path, rows: str, sentence: str) 
     [
         ("continue_from=runs/other", "continue_from=runs/other: a study's rows go on from its own warm-ups"),
         ("training.stop_at=30", "training.stop_at=30 is not after step 30, up to which rows share"),
+        ("concurency=1", "--set concurency: .* did you mean concurrency?"),
+        ("share_warm_up=maybe", "with --set: share_warm_up"),
+        ("training.stepz=30", "--set: unknown key training.stepz; did you mean training.steps?"),
     ],
 )
 def test_what_a_base_cannot_say_is_refused(override: str, sentence: str) -> None:
