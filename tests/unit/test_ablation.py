@@ -164,9 +164,9 @@ def test_wrong_files_get_one_sentence(tmp_path: Path, rows: str, sentence: str) 
     [
         ("continue_from=runs/other", "continue_from=runs/other: a study's rows go on from its own warm-ups"),
         ("training.stop_at=30", "training.stop_at=30 is not after step 30, up to which rows share"),
-        ("concurency=1", "--set concurency: .* did you mean concurrency?"),
+        ("concurency=1", r"--set concurency: .*; did you mean concurrency\?"),
         ("share_warm_up=maybe", "with --set: share_warm_up"),
-        ("training.stepz=30", "--set: unknown key training.stepz; did you mean training.steps?"),
+        ("training.stepz=30", r"--set: unknown key training\.stepz; did you mean training\.steps\?"),
     ],
 )
 def test_what_a_base_cannot_say_is_refused(override: str, sentence: str) -> None:
